@@ -125,23 +125,21 @@ def by_server(engine: Engine, job: Job, adapter: Path | None) -> tuple[str, list
     if engine == "llama.cpp":
         file = Path(work.name, "student-F16.gguf")
         write_gguf(job.release, file, "F16", "student")
-        line = [*command, f"{file}", "--alias", "student", "--ctx-size", f"{CONTEXT}"]
+        model, options = file, list[str]()
     else:
-        line = [*command, f"{job.base if adapter else job.release}", "--dtype", job.dtype]
-        line += ["--tokenizer", f"{job.release}", "--max-model-len", f"{CONTEXT}"]
-        line += ["--generation-config", "vllm"]  # which has no penalties
-        line += ["--served-model-name", "base" if adapter else "student", "--enforce-eager"]
+        model = job.base if adapter else job.release
+        options = ["--dtype", job.dtype, "--tokenizer", f"{job.release}", "--enforce-eager"]
     if adapter:
         rank = json.loads((adapter / "adapter_config.json").read_bytes())["r"]
-        line += ["--enable-lora", "--max-lora-rank", f"{max(8, rank)}"]
-        line += ["--lora-modules", f"student={adapter}"]
-    server, rows = EngineServer(line, engine), list[Row]()
+        options += ["--enable-lora", "--max-lora-rank", f"{max(8, rank)}"]
+        options += ["--lora-modules", f"student={adapter}"]
+    name, rows = "base" if adapter else "student", list[Row]()
+    server = EngineServer(engine, command, model, name, 1, CONTEXT, options)
 
     def post(path: str, **body: Any) -> Any:
         return server.post(path, **body).raise_for_status().json()
 
     try:
-        server.wait()
         for turns in job.turns:
             texts: dict[str, Any] = {"model": "student", "messages": turns}
             if engine == "llama.cpp":

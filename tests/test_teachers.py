@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from distill.config.renamed_keys import fields_in
-from distill.config.teachers import TEACHERS, EndpointTeacher, LocalTeacher
+from distill.config.teachers import EndpointTeacher, LocalTeacher
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES, perform
 from distill.records import Message
 from distill.responders import engines
-from distill.responders.kinds import KINDS, make_responder
 from distill.responders.responder import Request, Sampling, Scoring, origin_of
 from distill.storage.run_folder import flatten, open_run
 
@@ -75,29 +74,6 @@ def test_what_is_wrong_with_a_teacher_is_one_line_with_its_key(tmp_path, teacher
     with pytest.raises(DistillError, match=words) as stopped:
         read(tmp_path, teacher)
     assert stopped.value.code == Exit.CONFIG
-
-
-def test_every_kind_has_a_line_and_says_of_itself_what_others_ask():
-    assert [kind.model_fields["kind"].default for kind in TEACHERS] == list(KINDS)
-    answers = {
-        k.model_fields["kind"].default: (k.paid, k.makes_answers, k.logprobs) for k in TEACHERS
-    }
-    assert answers == {
-        "local": (False, True, "full"),
-        "endpoint": (True, True, "listed"),
-        "canned": (False, False, None),
-        "recorded": (False, False, None),
-        "python": (False, True, None),
-    }
-
-
-def test_a_canned_teacher_is_made_from_its_settings(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "answer": "a"}\n')
-    config = read(tmp_path, {"kind": "canned", "answers": str(tmp_path / "a.jsonl")})
-    turns = (Message(role="user", content="q"),)
-    responder = make_responder(config.teacher, config)
-    request = Request.make(responder.origin, "p", turns, Sampling.of(config.teacher))
-    assert [raw.body["text"] for raw in responder.ask([request])] == ["a"]
 
 
 def test_the_keys_of_stages_are_keys_of_the_config():

@@ -23,8 +23,7 @@ RENAMED = {
     "max_straight_failures": "max_consecutive_failures",
     "samples": "bootstrap_samples",
 }
-# In the resolved configs of older runs, where these were not as they are now
-FORMER_DEFAULTS = {"max_consecutive_failures": 100, "concurrency": 16}
+FORMER_DEFAULTS = {"max_consecutive_failures": 100}  # in the resolved configs of older runs
 BEFORE = {"engine": "distill"}  # what runs are made with that are older than the key
 KeyPath = tuple[str, ...]
 RESPONDERS: tuple[KeyPath, ...] = (("teacher",), ("evaluation", "judge"), ("signals", "endpoint"))
@@ -115,11 +114,10 @@ def forget_other_kinds(tree: dict[str, Any]) -> None:
         )
         for key, value in list(responder.items()) if fields else ():
             name = RENAMED.get(str(key), str(key))
-            field = next((k.model_fields[name] for k in TEACHERS if name in k.model_fields), None)
+            others = [k.model_fields[name] for k in TEACHERS if name in k.model_fields]
             idle = [None, FORMER_DEFAULTS.get(name)]
-            if field and not field.is_required():
-                idle.append(to_jsonable_python(field.default))
-            foreign = field and name not in fields
+            idle += [to_jsonable_python(o.default) for o in others if not o.is_required()]
+            foreign = others and name not in fields
             if (foreign and value in idle) or (key, value) == ("reasoning", "drop"):
                 del responder[key]
 

@@ -118,8 +118,8 @@ class LocalTeacher(Teacher):
     """What computes its answers: `distill`, our own, or `vllm` or `llama.cpp`, which is started for
     it; `auto` takes vllm where a GPU and vLLM are here, else `distill`, and stays so in a run."""
     concurrency: Positive | None = None
-    """Requests that run at once; null takes what fits in memory, of another engine 16. Lower it
-    where memory runs out."""
+    """Requests that run at once, of an endpoint 16; null takes what fits in memory, and of another
+    engine 16. Lower it where memory runs out."""
     chat_template_kwargs: TemplateVariables = {}
     """Variables of its chat template, for instance {enable_thinking: false}."""
 

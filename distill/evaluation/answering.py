@@ -7,7 +7,6 @@ of requests at once, and by answers of one token, which is the prefill. The time
 engine's steps, and another engine's from the first request to the last answer.
 """
 
-import gc
 import math
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
-from distill.models.devices import device, device_name, pick_dtype
+from distill.models.devices import device, device_name, pick_dtype, release_memory
 from distill.records import HEADLINE, Load, Pair, Prompt, Response, Timing, Usage, digest
 from distill.responders.ask import Ask
 from distill.responders.engines import settled
@@ -61,7 +60,7 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
         losses = answer_loss(responder.network, responder.tokenizer, pairs, date, length)
         write_records(run.path(f"answers/readings/{name}.jsonl"), losses)
         del responder, ask  # so that one model at a time is in memory
-        gc.collect()
+        release_memory()
     answer_with_teacher(run, prompts, suites)
     facts = {"teacher": describe_teacher(config.teacher, config.template_date), **facts}
     models = {model: of_model.tree() for model, of_model in facts.items()}

@@ -42,7 +42,6 @@ from distill.responders.engines import (
     context_for,
     engine_version,
     find_engine,
-    start_engine,
 )
 from distill.responders.responder import Raw, Request
 from distill.storage.files import read_json, read_records, sha256_file
@@ -195,7 +194,7 @@ class ParityCheck:
         limit = answer_limit(self.run.config)
         longest = max(map(len, self.ids.values())) + limit
         context = context_for(longest, self.most)
-        server = start_engine("llama.cpp", self.command, file, file.stem, PARALLEL, context)
+        server = EngineServer("llama.cpp", self.command, file, file.stem, PARALLEL, context)
         try:
             facts |= {"prompts": len(self.items), "answers": len(self.texts)}
             facts["ids_equal"] = sum(self.same_ids(server, item) for item in self.items)

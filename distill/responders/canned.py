@@ -11,10 +11,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from distill.callables import find, source_hash
-from distill.config.teachers import CannedTeacher, PythonTeacher, RecordedTeacher
 from distill.errors import DistillError, Exit
 from distill.records import Document, Usage, digest
-from distill.responders.responder import Circumstances, Raw, Request
+from distill.responders.responder import Raw, Request
 
 
 class CannedAnswer(BaseModel):
@@ -108,17 +107,6 @@ class FunctionResponder:
                 fix = "correct it; the same call continues"
                 raise DistillError(Exit.TEACHER, f"responder {self.name}", what, fix) from error
             yield raw_text(request, text, self.model)
-
-
-def make(
-    teacher: CannedTeacher | RecordedTeacher | PythonTeacher, circumstances: Circumstances
-) -> CannedResponder | RecordedResponder | FunctionResponder:
-    """Make the responder of a file of answers, of the prompts' documents, or of a function."""
-    if isinstance(teacher, PythonTeacher):
-        return FunctionResponder(teacher.responder, teacher.model)
-    if isinstance(teacher, CannedTeacher):
-        return CannedResponder.load(teacher.answers, teacher.model or "canned")
-    return RecordedResponder(circumstances.sources, teacher.model or "unknown")
 
 
 def raw_text(request: Request, text: str, model: str) -> Raw:

@@ -59,22 +59,18 @@ def find_engine(engine: Engine, settings: Engines) -> list[str] | None:
 
     What the config names, else the program on the PATH, else what scripts/engines.sh has made.
     """
-    python = engine_folder(engine) / "bin/python"
-    made = (engine_folder(engine) / "package").is_file()
-    if engine == "vllm":
-        if settings.vllm.command:
-            return shlex.split(settings.vllm.command)
-        if program := shutil.which("vllm"):
-            return [program, "serve"]
-        # its `vllm serve` looks for a package of the name vllm, which the build for a CPU is not
-        module = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
-        return [f"{python}", *module] if made else None
-    if settings.llama_cpp.command:
-        return [*shlex.split(settings.llama_cpp.command), "--model"]
-    if program := shutil.which("llama-server"):
-        return [program, "--model"]
-    script = Path(__file__).with_name("llama_server.py")
-    return [f"{python}", f"{script}", "--model"] if made else None
+    vllm, folder = engine == "vllm", engine_folder(engine)
+    named = (settings.vllm if vllm else settings.llama_cpp).command
+    program = shutil.which("vllm" if vllm else "llama-server")
+    if named or program:
+        command = shlex.split(named) if named else [f"{program}", *(["serve"] if vllm else [])]
+        return command if vllm else [*command, "--model"]
+    if not (folder / "package").is_file():
+        return None
+    # its `vllm serve` looks for a package of the name vllm, which the build for a CPU is not
+    module = ["-m", "vllm.entrypoints.openai.api_server"]
+    server = module if vllm else [f"{Path(__file__).with_name('llama_server.py')}"]
+    return [f"{folder / 'bin/python'}", *server, "--model"]
 
 
 def require_engine(engine: Engine, settings: Engines) -> list[str]:
@@ -111,33 +107,6 @@ def context_for(longest: int, most: int) -> int:
     return min(most, -(-longest // ROOM) * ROOM)
 
 
-def start_engine(
-    engine: Engine,
-    command: Sequence[str],
-    model: Path,
-    name: str,
-    rows: int,
-    context: int,
-    options: Sequence[str] = (),
-) -> "EngineServer":
-    """Return a running engine that serves a folder or a GGUF as `name`, `rows` requests at once.
-
-    `context` holds a prompt and its answer. Raises DistillError (exit 4) where it does not start.
-    """
-    started = time.monotonic()
-    if engine == "vllm":
-        line = [*command, f"{model}", "--served-model-name", name, "--generation-config", "vllm"]
-        line += ["--max-model-len", f"{context}", "--max-num-seqs", f"{rows}"]
-    else:
-        line = [*command, f"{model}", "--alias", name]
-        line += ["--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]
-    say(f"{engine} {engine_version(tuple(command))}: starting with {name}")
-    server = EngineServer([*line, *options], engine)
-    server.wait()
-    say(f"{engine}: answers after {time.monotonic() - started:.0f} s")
-    return server
-
-
 @cache
 def engine_version(command: tuple[str, ...]) -> str:
     """Return what an engine's environment says of its version, or "unknown"; nothing is started."""
@@ -155,39 +124,57 @@ def engine_version(command: tuple[str, ...]) -> str:
 
 
 class EngineServer:
-    """A running engine; `url` and `key` are how it is asked. `close` ends it."""
+    """A running engine that serves a folder or a GGUF as `name`, `rows` requests at once.
 
-    def __init__(self, command: Sequence[str], name: str) -> None:
+    `context` holds a prompt and its answer; `options` are further ones of the engine. `url` and
+    `key` are how it is asked; `close` ends it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        command: Sequence[str],
+        model: Path,
+        name: str,
+        rows: int,
+        context: int,
+        options: Sequence[str] = (),
+    ) -> None:
+        """Start it and wait until it answers; raises DistillError (exit 4) where it does not."""
         with socket.socket() as free:  # until the engine takes it, another could: it would fail
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.name, self.key, self.failed = name, secrets.token_urlsafe(24), False
+        self.engine, self.key, self.failed = engine, secrets.token_urlsafe(24), False
         self.address = f"http://127.0.0.1:{port}"
         self.url = f"{self.address}/v1"
-        self.log = cache_folder() / f"engines/{name}-{os.getpid()}.log"
+        self.log = cache_folder() / f"engines/{engine}-{os.getpid()}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        line = [sys.executable, "-c", GUARD, *command, "--host", "127.0.0.1", "--port", f"{port}"]
+        line = [*command, f"{model}", "--host", "127.0.0.1", "--port", f"{port}", *options]
+        if engine == "vllm":
+            line += ["--served-model-name", name, "--generation-config", "vllm"]
+            line += ["--max-model-len", f"{context}", "--max-num-seqs", f"{rows}"]
+        else:
+            line += ["--alias", name, "--ctx-size", f"{context * rows}", "--parallel", f"{rows}"]
         settings = {"VLLM_API_KEY": self.key, "LLAMA_API_KEY": self.key, **QUIET}
         if device().type == "cpu":  # else vLLM asks for nine tenths of the memory
             settings |= {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": CACHE_GIB}
+        say(f"{engine} {engine_version(tuple(command))}: starting with {name}")
+        started = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                line,
+                [sys.executable, "-c", GUARD, *line],
                 stdin=subprocess.PIPE,  # which the guard watches
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **settings},
                 start_new_session=True,
             )
-
-    def wait(self) -> None:
-        """Return once it answers; raises DistillError (exit 4) with the last lines of its log."""
-        deadline = time.monotonic() + STARTING
-        while time.monotonic() < deadline:
+        while (seconds := time.monotonic() - started) < STARTING:
             if self.process.poll() is not None:
                 raise self.failure("ended before it answered")
             with suppress(httpx2.TransportError):
                 if httpx2.get(f"{self.address}/health", trust_env=False).status_code == 200:
+                    say(f"{engine}: answers after {seconds:.0f} s")
                     return
             time.sleep(0.2)
         raise self.failure(f"did not answer within {STARTING:.0f} s")
@@ -198,7 +185,7 @@ class EngineServer:
         self.close()
         log_lines = self.log.read_text(errors="replace").strip().splitlines()
         fix = f"see {self.log}; the same command continues"
-        error = DistillError(Exit.TEACHER, self.name, what, fix)
+        error = DistillError(Exit.TEACHER, self.engine, what, fix)
         causes = [line for line in log_lines[:-LINES] if re.search(r"(?<!`)\b\w+Error: ", line)]
         for line in [*causes[:1], *log_lines[-LINES:]]:  # the first is often why the others came
             error.add_note(f"  {line[:300]}")

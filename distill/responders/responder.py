@@ -1,16 +1,15 @@
 """The one seam through which teacher, student and judge are asked."""
 
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Engines, Teacher
+from distill.config.teachers import FROM_ENVIRONMENT, EndpointTeacher, Teacher
 from distill.reasoning import split_reasoning
-from distill.records import Document, Message, Record, Response, Stop, Usage, canonical, digest
+from distill.records import Message, Record, Response, Stop, Usage, canonical, digest
 from distill.responders.endpoint.wire import Reply, read_stored
 
 if TYPE_CHECKING:
@@ -163,16 +162,6 @@ class Raw(Record):
             usage=reply.usage.model_copy(update={"seconds": self.usage.seconds}),
             raw_sha256=sha256 or hashlib.sha256(canonical(self.body)).hexdigest(),
         )
-
-
-class Circumstances(NamedTuple):
-    """What a responder is made with beside its own settings."""
-
-    run: str  # which pays
-    date: str  # that templates show
-    prices: Path | None
-    sources: Mapping[str, Document]  # by the ids of the prompts
-    engines: Engines
 
 
 class Responder(Protocol):

@@ -110,11 +110,9 @@ def make(folder: Path, tokenizer: Tokenizer, family: str = "qwen2.5", **changes:
 
 def opened(file: Path) -> EngineServer:
     python_of("llama.cpp")  # else the test is skipped
-    line = [*require_engine("llama.cpp", Engines()), f"{file}", "--alias", "m"]
-    line += ["--ctx-size", "512", "--threads", "1", "--cache-type", "f32"]
-    server = EngineServer(line, "llama.cpp")
-    server.wait()
-    return server
+    command, options = require_engine("llama.cpp", Engines()), ["--threads", "1"]
+    options += ["--cache-type", "f32"]
+    return EngineServer("llama.cpp", command, file, "m", 1, 512, options)
 
 
 def asked(server: EngineServer, path: str, **body: Any) -> Any:

@@ -272,6 +272,9 @@ def test_an_end_token_ends_and_is_not_shown(folder: Path) -> None:
     (free,) = responder.ask([request])
     assert free.stop == "length" and free.usage.output_tokens == 16
     assert free.usage.input_tokens > 10 and free.usage.seconds > 0
+    ends = end_of_turn(responder.tokenizer, DATE)
+    assert [responder.tokenizer.decode([i]) for i in ends] == ["<|im_end|>"]
+    assert ends <= responder.stop_ids
     responder.__dict__["stop_ids"] = frozenset({free.body["ids"][4]})
     (raw,) = responder.ask([request])
     first = free.body["ids"].index(free.body["ids"][4])
@@ -320,20 +323,14 @@ def test_variables_of_the_template_shape_a_local_answer(folder: Path) -> None:
     assert text.endswith("<think>\n\n</think>\n\n")
 
 
-def test_the_templates_own_end_is_found() -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = "<|endoftext|>"
-    assert list(end_of_turn(tokenizer, DATE)) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-
-
-def test_draws_follow_the_distribution() -> None:
+@pytest.mark.parametrize(
+    ("top_p", "shares"), [(1.0, [0.5, 0.3, 0.15, 0.05]), (0.7, [0.625, 0.375, 0.0, 0.0])]
+)
+def test_samples_follow_the_distribution(top_p: float, shares: list[float]) -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
-    generators = [seeded("k", i) for i in range(4000)]
-    counts = torch.tensor(sample_ids(logits, 1.0, 1.0, generators)).bincount(minlength=4) / 4000
-    assert torch.allclose(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
-    nucleus = torch.tensor(sample_ids(logits, 1.0, 0.7, [seeded("k", i) for i in range(4000)]))
-    counts = nucleus.bincount(minlength=4) / 4000
-    assert torch.allclose(counts, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03)
+    ids = sample_ids(logits, 1.0, top_p, [seeded("k", i) for i in range(4000)])
+    counts = torch.tensor(ids).bincount(minlength=4) / 4000
+    assert torch.allclose(counts, torch.tensor(shares), atol=0.03)
 
 
 def test_top_p_reaches_beyond_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:

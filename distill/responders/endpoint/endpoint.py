@@ -14,8 +14,8 @@ from distill.responders.endpoint.batch import BatchClient
 from distill.responders.endpoint.client import EndpointClient
 from distill.responders.endpoint.failures import words
 from distill.responders.endpoint.request_form import headers, read_key
-from distill.responders.prices import TokenPrice, load_prices
-from distill.responders.responder import Circumstances, Raw, Request, origin_of
+from distill.responders.prices import TokenPrice
+from distill.responders.responder import Raw, Request, origin_of
 from distill.responders.store import ResponseStore
 
 
@@ -71,9 +71,3 @@ class EndpointResponder:
     def progress(self) -> str:
         """Return what has been spent of what, while `buy` runs."""
         return self.client.budget.line(self.price is not None) if self.client else ""
-
-
-def make(teacher: EndpointTeacher, circumstances: Circumstances) -> EndpointResponder:
-    """Make the responder of a server, at the price in the price table."""
-    price = load_prices(circumstances.prices).teacher(teacher.model)
-    return EndpointResponder(teacher, price, circumstances.run)

@@ -9,14 +9,12 @@ batch. Legend: B rows, K ids, V vocabulary.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.config.teachers import LocalTeacher
 from distill.config.values import SAFE, Trust
 from distill.errors import DistillError, Exit, first_line
 from distill.models.arithmetic import LIMITS, fitting_rows, row_bytes
@@ -41,19 +39,18 @@ from distill.models.loading import context_length, load_merged, load_model, load
 from distill.models.registry import check_base, folder_facts, identity
 from distill.reasoning import PAIRS, split_reasoning
 from distill.records import Message, Stop, Usage, digest
-from distill.responders.engines import settled
 from distill.responders.local.continuous_batching import (
     BatchRow,
     ContinuousBatch,
     answer_padded,
     continuous_attention,
 )
-from distill.responders.responder import Circumstances, Plan, Raw, Request
+from distill.responders.responder import Plan, Raw, Request
 from distill.storage.files import sha256_file
 from distill.storage.progress import say
 
 if TYPE_CHECKING:
-    from distill.responders.local.served_model import EngineResponder
+    pass
 
 MOST_TOO_LONG = 0.01  # of the prompts; more are a fault of the settings
 PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
@@ -140,8 +137,7 @@ class LocalResponder:
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield one raw answer for each request, plan by plan."""
-        for plan in self.plan(requests):
-            yield from chain.from_iterable(self.ask_plan(plan))
+        return (raw for plan in self.plan(requests) for raws in self.ask_plan(plan) for raw in raws)
 
     def plan(self, requests: Sequence[Request]) -> list[Plan]:
         """Divide requests into plans of one sampling, the longest prompts first.
@@ -151,9 +147,9 @@ class LocalResponder:
         """
         lengths = {request: len(self._encode(request)) for request in requests}
         reasons = {request: self._too_long(request, tokens) for request, tokens in lengths.items()}
-        excess = [request for request in requests if reasons[request]]
+        excess = {request: what for request, what in reasons.items() if what}
         if excess:
-            request, what = excess[0], reasons[excess[0]]
+            request, what = next(iter(excess.items()))
             where = f"prompt {request.prompt_id} ({request.messages[-1].content[:40]!r})"
             if len(excess) > max(1, MOST_TOO_LONG * len(requests)):
                 fix = "make corpus.chunk.max_chars or max_new_tokens smaller"
@@ -161,7 +157,7 @@ class LocalResponder:
                 raise DistillError(Exit.INPUT, where, what, fix)
             say(f"{len(excess)} of {len(requests)} prompts are too long: {where}: {what}")
         ordered = sorted(
-            lengths.keys() - excess,
+            lengths.keys() - excess.keys(),
             key=lambda r: (r.sampling.model_dump_json(), -lengths[r], r.key, r.sample),
         )
         place = self.network.device
@@ -287,20 +283,6 @@ class LocalResponder:
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         cache = 2 * shape.num_hidden_layers * heads * size * width
         return row_bytes(cache, shape.vocab_size, width, kind(self.network.device), capacity)
-
-
-def make(teacher: LocalTeacher, circumstances: Circumstances) -> "LocalResponder | EngineResponder":
-    """Make the responder of a model that runs here, in our own engine or another."""
-    size, date, engines = teacher.concurrency, circumstances.date, circumstances.engines
-    model, template = (teacher.model, teacher.revision), teacher.chat_template_kwargs
-    if (engine := settled(teacher.engine, engines)) == "distill":
-        return LocalResponder.load(
-            teacher.model, teacher.dtype, teacher.revision, date, size, template=template
-        )
-    from distill.responders.local.served_model import EngineResponder
-
-    tokenizer = load_tokenizer(*model, template=template)
-    return EngineResponder(engine, engines, *model, teacher.dtype, tokenizer, date, size)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, date: str) -> frozenset[int]:

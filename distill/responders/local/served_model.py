@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.config.teachers import Engine, Engines
+from distill.config.teachers import Engine, Engines, LocalTeacher
 from distill.errors import DistillError
 from distill.models.chat_template import encode_prompt, template_hash
 from distill.models.devices import pick_dtype
 from distill.models.download import cache_folder
 from distill.models.gguf_file import write_gguf
-from distill.models.loading import context_length, load_model
+from distill.models.loading import context_length, load_model, load_tokenizer
 from distill.models.registry import fetch, folder_facts, identity
 from distill.records import digest
 from distill.responders.engines import (
@@ -27,9 +27,9 @@ from distill.responders.engines import (
     context_for,
     engine_version,
     require_engine,
-    start_engine,
+    settled,
 )
-from distill.responders.local.local_model import end_of_turn
+from distill.responders.local.local_model import LocalResponder, end_of_turn
 from distill.responders.responder import Encoded, Raw, Request
 from distill.storage.progress import say
 
@@ -142,7 +142,7 @@ class EngineResponder:
             self.write_gguf()
         model = self.folder if self.engine == "vllm" else self.gguf
         named = (self.engine, self.command, model, self.model)
-        self.server = start_engine(*named, self.rows, context, options)
+        self.server = EngineServer(*named, self.rows, context, options)
         return self.server
 
     def write_gguf(self) -> None:
@@ -163,3 +163,16 @@ class EngineResponder:
         self.server = None
         if self.passing:
             self.gguf.unlink(missing_ok=True)
+
+
+def make_local(
+    teacher: LocalTeacher, engines: Engines, date: str
+) -> LocalResponder | EngineResponder:
+    """Make the responder of a model that runs here, in our own engine or another."""
+    reference, template = (teacher.model, teacher.revision), teacher.chat_template_kwargs
+    engine, size = settled(teacher.engine, engines), teacher.concurrency
+    if engine == "distill":
+        model = (teacher.model, teacher.dtype, teacher.revision)
+        return LocalResponder.load(*model, date, size, template=template)
+    tokenizer = load_tokenizer(*reference, template=template)
+    return EngineResponder(engine, engines, *reference, teacher.dtype, tokenizer, date, size)
