@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from distill.config.tree import Config
+from distill.errors import Exit
 from distill.evaluation.answering import requests_to
 from distill.evaluation.scorecard import Scorecard
 from distill.models.gguf_file import write_gguf
@@ -102,7 +103,10 @@ def test_a_file_of_other_weights_is_worse_and_one_that_is_none_does_not_work(
     assert worse.largest_difference and worse.largest_difference > 0.5
     assert worse.verdict == "inferior" and broken.reason
     first, second = findings(rows, 0.05)
-    assert "is worse than the evaluated student" in first.what and f"n = {ITEMS}" in first.what
+    assert "is worse than the evaluated student: −" in first.what and f"n = {ITEMS}" in first.what
+    assert first.where == "m-F16.gguf" and first.code == Exit.PUBLISH
+    unsure = worse.model_copy(update={"verdict": "undecided"})
+    assert unsure.conclusion == f"cannot tell (n = {ITEMS})" and not findings([unsure], 0.05)
     assert "does not work in llama.cpp" in second.what
     assert "not measured" in broken.conclusion
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -115,13 +114,6 @@ def opened(file: Path) -> EngineServer:
     return EngineServer("llama.cpp", command, file, "m", 1, 512, options)
 
 
-def asked(server: EngineServer, path: str, **body: Any) -> Any:
-    keys = {"authorization": f"Bearer {server.key}"}
-    reply = httpx2.post(f"{server.address}{path}", json=body, headers=keys, timeout=60)
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_texts_are_cut_into_the_same_ids(kind: str, tmp_path: Path) -> None:
     family = {"llama2": "llama3", "gemma": "gemma3-text"}.get(kind, "qwen2.5")  # picks its class
@@ -131,12 +123,13 @@ def test_texts_are_cut_into_the_same_ids(kind: str, tmp_path: Path) -> None:
     server = opened(tmp_path / "m.gguf")
     try:
         for text in [*TEXTS, *(part for page in CORPUS for part in page.split("\n\n")[:40])]:
-            theirs = asked(server, "/tokenize", content=text, add_special=True, parse_special=True)
-            assert theirs["tokens"] == tokenizer(text).input_ids, repr(text)
+            theirs = server.post("/tokenize", content=text, add_special=True, parse_special=True)
+            assert theirs.json()["tokens"] == tokenizer(text).input_ids, repr(text)
         messages = [{"role": "user", "content": "Why?"}]
-        theirs = asked(server, "/apply-template", messages=messages)["prompt"]
-        ours = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert theirs == ours
+        theirs = server.post("/apply-template", messages=messages).json()["prompt"]
+        assert theirs == tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
     finally:
         server.close()
 
@@ -156,8 +149,8 @@ def test_the_next_tokens_are_those_of_transformers(family: str, tmp_path: Path) 
             ids = tokenizer(text).input_ids[:90]
             with torch.inference_mode():
                 ours = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            reply = asked(server, "/v1/completions", prompt=ids, max_tokens=1, logprobs=10,
-                          temperature=0)  # fmt: skip
+            asked = {"prompt": ids, "max_tokens": 1, "logprobs": 10, "temperature": 0}
+            reply = server.post("/v1/completions", **asked).json()
             listed = reply["choices"][0]["logprobs"]
             if listed is None:  # the likeliest token has no text
                 continue

@@ -27,6 +27,7 @@ from tests.support.tiny import make_tiny
 from tests.support.training import make_soft_run
 
 PRIVATE = "Write to ann.smith@acme-mail.org, please."
+NUMBERS = ("seven", "ochre", "a glacier", "the mill", "tar", "an atlas", "salt", "Boston")
 LATER = "Two spaces at the end,  \n\nand a tab:\t1 < 2 & 'ü' \u2028 {} \U0001f600\n"
 TURNS = [
     *({"role": "system", "content": "Be brief."}, {"role": "user", "content": "And 2 + 2?"}),
@@ -36,11 +37,10 @@ TURNS = [
 
 def question_rows(**columns: Any) -> list[dict[str, Any]]:
     """Rows that are prompts with answers: long and short, with thoughts, of several turns."""
-    numbers = ("seven", "ochre", "a glacier", "the mill", "tar", "an atlas", "salt", "Boston")
     rows: list[dict[str, Any]] = [
         {"prompt": f"What do you know of {what}, case {n}?", "answer": f"{what}: {LATER}{n}"}
         for n in range(5)
-        for what in numbers
+        for what in NUMBERS
     ]
     rows[3]["reasoning"], rows[4]["model"] = "Well,\nwhat do I know?", "acme/other-teacher"
     rows[5]["answer"], rows[6]["reference"] = "I'm sorry, but I cannot help with that.", "ref"
@@ -148,7 +148,17 @@ def test_answers_about_documents_are_read_back_but_for_what_names_them(tmp_path)
     }
 
 
-def test_datasets_loads_it_and_a_trainer_finds_its_columns(run, tmp_path):
+def test_datasets_loads_it_a_trainer_finds_its_columns_and_the_card_says_what_it_is(run, tmp_path):
+    card = DatasetCard.load(main(run) / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "cc-by-4.0"
+    assert [config["config_name"] for config in data["configs"]] == ["kept", "raw"]
+    assert [file["split"] for file in data["configs"][0]["data_files"]] == ["train", "validation"]
+    for words in (
+        *("acme/teacher", "the answers' license as stated: CC-BY-4.0", "| dropped: refusal"),
+        *("Held-out rows are not in it", "masked here: none", "task chat: 36"),
+    ):
+        assert words in card.text
     folder = main(run, heldout=True)
     loaded: Any = load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     raw: Any = load_dataset(str(folder), "raw", cache_dir=str(tmp_path / "cache"))
@@ -163,24 +173,13 @@ def test_datasets_loads_it_and_a_trainer_finds_its_columns(run, tmp_path):
             assert turns == row["messages"] and {*turns[0]} == {"role", "content"}
             assert [turn["role"] for turn in turns[-2:]] == ["user", "assistant"]
     rows = {row["prompt"][-1]["content"]: row for split in raw.values() for row in split}
-    assert len(rows["Half of it?"]["messages"]) == 5
-    assert rows["What do you know of the mill, case 0?"]["reasoning"] == "Well,\nwhat do I know?"
-    assert rows["What do you know of tar, case 0?"]["model"] == "acme/other-teacher"
-    assert rows["What do you know of salt, case 0?"]["reference"] == "ref"
-    one = rows["What do you know of Boston, case 0?"]
+    of = {what: rows[f"What do you know of {what}, case 0?"] for what in NUMBERS}
+    assert len(rows["Half of it?"]["messages"]) == 5 and of["salt"]["reference"] == "ref"
+    assert of["the mill"]["reasoning"] == "Well,\nwhat do I know?"
+    assert of["tar"]["model"] == "acme/other-teacher"
+    one = of["Boston"]
     assert one["completion"][0]["content"] == f"Boston: {LATER}0" and one["task"] == "chat"
     assert one["license"] == "CC-BY-4.0" and one["usage"]["estimated"] and one["stop"] == "end"
-
-
-def test_the_card_says_what_it_is(run):
-    card = DatasetCard.load(main(run) / "README.md")
-    data = card.data.to_dict()
-    assert data["license"] == "cc-by-4.0"
-    assert [config["config_name"] for config in data["configs"]] == ["kept", "raw"]
-    assert [file["split"] for file in data["configs"][0]["data_files"]] == ["train", "validation"]
-    assert "acme/teacher" in card.text and "the answers' license as stated: CC-BY-4.0" in card.text
-    assert "| dropped: refusal" in card.text and "Held-out rows are not in it" in card.text
-    assert "masked here: none" in card.text and "task chat: 36" in card.text
 
 
 def test_private_text_is_masked_and_counted(tmp_path):
@@ -261,11 +260,9 @@ def test_a_second_upload_is_a_new_commit_and_held_out_rows_go_with_it(run, tmp_p
         assert len(repository.commits) == 3  # the empty one, and two: the last changed nothing
         assert list(repository.tags.values()) == [sha for sha, _ in repository.commits[1:]]
         assert [*repository.tags] == ["v1", "v2"]
-        files = {p.relative_to(run.folder).as_posix(): p for p in run.folder.rglob("*.jsonl")}
-        sent = {f"release-dataset/{name}": data for name, data in repository.files.items()}
-        mine = {name for name in files if name.startswith("release-dataset/")}
-        assert sent.keys() == {*mine, "release-dataset/README.md"}
-        assert all(sent[name] == files[name].read_bytes() for name in mine)
+        folder = run.path("release-dataset")
+        mine = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        assert repository.files == {name: path.read_bytes() for name, path in mine.items()}
         assert '"me/answers", "kept"' in repository.files["README.md"].decode()
 
 

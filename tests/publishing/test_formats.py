@@ -11,11 +11,9 @@ from huggingface_hub import ModelCard
 
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
-from distill.evaluation.measurements import Difference
 from distill.models import loading
 from distill.publishing import formats
 from distill.publishing.formats import modelfile, turns_of
-from distill.publishing.parity import FileParity, findings
 from distill.publishing.publish import main
 from distill.records import Message, Prompt
 from distill.storage.files import sha256_file, write_records
@@ -86,23 +84,6 @@ def test_what_cannot_be_made_is_said_before_anything_is(
     assert not run.path("release").exists()
 
 
-def test_a_file_that_is_worse_is_a_finding_and_one_that_may_be_is_not() -> None:
-    row = FileParity(
-        file="m-Q4_K_M.gguf", sha256="0", runner="llama.cpp 1", prompts=60, ids_equal=60,
-        metric="checks passed", student=0.8, score=0.6, verdict="inferior", same_answers=20,
-        difference=Difference(mean=-0.2, low=-0.3, high=-0.1, n=60, documents=30),
-    )  # fmt: skip
-    (finding,) = findings([row], 0.05)
-    assert "is worse than the evaluated student: −20.0 [−30.0,\u00a0−10.0] points" in finding.what
-    assert "n = 60" in finding.what and "m-Q4_K_M.gguf" in finding.where
-    unsure = row.model_copy(update={"verdict": "undecided"})
-    assert not findings([unsure], 0.05)
-    assert unsure.conclusion == "cannot tell (n = 60)"
-    broken = FileParity(file="m.gguf", sha256="0", runner="llama.cpp 1", reason="ended")
-    (finding,) = findings([broken], 0.05)
-    assert "does not work in llama.cpp 1: ended" in finding.what
-
-
 SMOLLM = (  # SmolLM2's, as its makers publish it
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -116,26 +97,15 @@ NO_SYSTEM = (
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 PROGRAM = """package main
-
-import (
-	"encoding/json"
-	"os"
-	"text/template"
-)
-
-type Message struct{ Role, Content string }
-
+import ("encoding/json"; "os"; "text/template")
+type Message struct { Role, Content string }
 func main() {
-	var job struct {
-		Template string
-		Prompts  [][]Message
-	}
+	var job struct { Template string; Prompts [][]Message }
 	json.NewDecoder(os.Stdin).Decode(&job)
+	parsed := template.Must(template.New("").Parse(job.Template))
 	for _, messages := range job.Prompts {
-		t := template.Must(template.New("").Parse(job.Template))
-		if err := t.Execute(os.Stdout, map[string]any{"Messages": messages}); err != nil {
-			panic(err)
-		}
+		err := parsed.Execute(os.Stdout, map[string]any{"Messages": messages})
+		if err != nil { panic(err) }
 		os.Stdout.Write([]byte{0})
 	}
 }
@@ -168,14 +138,14 @@ def conversations() -> list[list[Message]]:
 @pytest.mark.skipif(
     not shutil.which("go"), reason="needs Go's text/template: apt install golang-go"
 )
-@pytest.mark.parametrize("family", ["qwen2_5", "smollm2", "none", "no system"])
+@pytest.mark.parametrize("family", ["qwen2_5", "smollm2", "no system"])
 def test_go_renders_a_modelfile_s_template_as_the_chat_template_does(
     family: str, tmp_path: Path
 ) -> None:
     """Ollama's templates are those of Go's standard library, with these names."""
     model = make_tiny(tmp_path / "m")
     tokenizer = loading.load_tokenizer(str(model))
-    own = {"smollm2": SMOLLM, "none": TEMPLATE, "no system": NO_SYSTEM}
+    own = {"smollm2": SMOLLM, "no system": NO_SYSTEM}
     tokenizer.chat_template = own.get(family) or chat_templates()[family]
     asked = conversations()
     prompts = [Prompt.make(tuple(messages), "d", "chat") for messages in asked]

@@ -156,20 +156,17 @@ def test_a_run_whose_adapter_was_evaluated_gets_a_merged_model_and_a_card_that_s
 
 
 WORSE = {"mean": -0.1, "low": -0.2, "high": 0.0}
-SPEAKS_AGAINST = {
-    "contaminated": (
-        {"contamination": {"n": 66, "flagged": 3}},
-        "3 of 66 items stand in the training",
-    ),
-    "worse": ({"overall": {"student_minus_base": WORSE}}, "worse than its base: −10.0 points"),
-    "worse by loss": (
-        {"agreement": {"nats_per_token": {"student_minus_base": {"mean": 0.25}}}},
-        "+0.250 nats a token",
-    ),
-}
+LOSS = {"nats_per_token": {"student_minus_base": {"mean": 0.25}}}
 
 
-@pytest.mark.parametrize(("changes", "said"), SPEAKS_AGAINST.values(), ids=SPEAKS_AGAINST)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"contamination": {"n": 66, "flagged": 3}}, "3 of 66 items stand in the training"),
+        ({"overall": {"student_minus_base": WORSE}}, "worse than its base: −10.0 points"),
+        ({"agreement": LOSS}, "+0.250 nats a token"),
+    ],
+)
 def test_what_speaks_against_publishing_stops_it_or_stands_on_the_card(run, changes, said):
     make_scorecard(run, **changes)
     error = refused(run)
@@ -194,11 +191,16 @@ def changed(run: Run, **sections: Any) -> Run:
     return Run(Config.model_validate(run.config.resolved() | sections))
 
 
-def test_what_names_no_license_or_base_is_refused(run, tmp_path):
+def test_what_names_no_license_or_base_or_whose_terms_forbid_it_is_refused(run, tmp_path):
     error = refused(changed(run, publish={}))
     assert error.code == Exit.TERMS and "publish.license" in error.fix
     error = refused(changed(run, student={"model": str(tmp_path)}))
     assert error.code == Exit.PUBLISH and "is a folder" in error.what
+    teacher, terms = {"model": "openai/gpt-4o"}, {"basis": "license agreement 2026-03 with OpenAI"}
+    error = refused(changed(run, teacher=teacher))
+    assert error.code == Exit.TERMS and "3.3(e)" in error.what and "terms.basis" in error.fix
+    card = ModelCard.load(main(changed(run, teacher=teacher, terms=terms)) / "README.md").text
+    assert "stated basis: license agreement 2026-03 with OpenAI" in card
 
 
 def test_a_student_of_llama_is_named_so(run):
@@ -219,19 +221,15 @@ def test_a_student_of_gemma_passes_the_terms_on(run, tmp_path):
     assert error.code == Exit.TERMS and "gemma is required by" in error.what
     assert "terms.agreement" in refused(changed(run, teacher=teacher, publish=publish)).where
     (tmp_path / "terms.txt").write_text("the agreement")
-    terms = {"agreement": str(tmp_path / "terms.txt")}
-    release = main(changed(run, teacher=teacher, publish=publish, terms=terms))
+    (tmp_path / "link").symlink_to(tmp_path / "terms.txt")
+    for name, plain in (("none", False), ("link", False), ("terms.txt", True)):
+        terms = {"agreement": str(tmp_path / name)}
+        other = changed(run, teacher=teacher, publish=publish, terms=terms)
+        assert plain or "a copy of the agreement" in refused(other).what
+    release = main(other)
     assert (release / "AGREEMENT.txt").read_text() == "the agreement"
     assert "Gemma is provided under" in (release / "NOTICE").read_text()
     assert ModelCard.load(release / "README.md").data.to_dict()["license"] == "gemma"
-
-
-def test_terms_that_forbid_block_the_release_unless_a_basis_is_stated(run):
-    teacher, terms = {"model": "openai/gpt-4o"}, {"basis": "license agreement 2026-03 with OpenAI"}
-    error = refused(changed(run, teacher=teacher))
-    assert error.code == Exit.TERMS and "3.3(e)" in error.what and "terms.basis" in error.fix
-    card = ModelCard.load(main(changed(run, teacher=teacher, terms=terms)) / "README.md").text
-    assert "stated basis: license agreement 2026-03 with OpenAI" in card
 
 
 def test_a_secret_stops_the_release_and_the_last_one_stays_until_it_is_allowed(run):

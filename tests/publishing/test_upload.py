@@ -85,21 +85,18 @@ def test_a_failure_leaves_nothing_and_the_same_call_goes_on(
     assert len(hub.repositories["me/student"].files) == 3
 
 
-def test_a_card_that_the_hub_refuses(hub, release):
-    (release / "README.md").write_text(CARD.replace("acme/base", "/home/ann/base"))
-    assert "base_model" in refused(release).what
-    assert "me/student" not in hub.repositories
-
-
 @pytest.mark.parametrize("name", ["student", "../x/y", "a/b/c", "a/b\n", "", "/a/b"])
 def test_a_wrong_name_asks_nothing(hub, release, name):
     assert "OWNER/NAME" in refused(release, name).what
     assert hub.requests == []
 
 
-def test_without_a_token(hub, release, monkeypatch):
+def test_what_is_refused_before_anything_is_made(hub, release, monkeypatch):
+    (release / "README.md").write_text(CARD.replace("acme/base", "/home/ann/base"))
+    assert "base_model" in refused(release).what
     monkeypatch.delenv("HF_TOKEN")
     assert "no token" in refused(release).what
+    assert "me/student" not in hub.repositories
 
 
 def test_no_hub_at_all(release, tmp_path, monkeypatch):
