@@ -74,9 +74,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def made_of(folder: Path, rows: list[dict[str, Any]], name: str = "first", **changes: Any) -> Run:
+    return stages(recorded(folder, name, write_rows(folder / f"{name}.jsonl", rows), **changes))
+
+
 @pytest.fixture
 def run(tmp_path) -> Run:
-    return stages(recorded(tmp_path, "first", write_rows(tmp_path / "rows.jsonl", question_rows())))
+    return made_of(tmp_path, question_rows())
 
 
 def rows_of(folder: Path, part: str = "kept", split: str = "train") -> list[dict[str, Any]]:
@@ -114,18 +118,16 @@ def test_answers_about_documents_are_read_back_but_for_what_names_them(tmp_path)
     }
     (tmp_path / "gist.yaml").write_text(json.dumps({"name": "gist", **task}))
     answers = write_rows(tmp_path / "answers.jsonl", [])
-    about = {"prompts": {"tasks": [str(tmp_path / "gist.yaml")]}}
-    teacher = {"kind": "canned", "answers": str(answers), "model": "acme/teacher"}
-    publish = {"corpus_license": "CC0-1.0"}
     run = recorded(
-        tmp_path, "first", tmp_path / "notes", teacher=teacher, publish=publish, **about
+        tmp_path, "first", tmp_path / "notes", publish={"corpus_license": "CC0-1.0"},
+        teacher={"kind": "canned", "answers": str(answers), "model": "acme/teacher"},
+        prompts={"tasks": [str(tmp_path / "gist.yaml")]},
     )  # fmt: skip
     for stage in (corpus, prompts):
         stage.main(run)
-    asked = [
-        p.asked_of_teacher()[-1].content for p in read_records(run.path("prompts.jsonl"), Prompt)
-    ]
-    write_rows(answers, [{"prompt": q, "answer": f"It says {n}.\n"} for n, q in enumerate(asked)])
+    asked = read_records(run.path("prompts.jsonl"), Prompt)
+    rows = [{"prompt": p.asked_of_teacher()[-1].content, "answer": f"{p.id}\n"} for p in asked]
+    write_rows(answers, rows)
     folder = main(stages(run), heldout=True)
     assert rows_of(folder)[0]["teacher_prompt"][0] == {"role": "system", "content": "Be brief."}
     teacher = {"kind": "recorded", "model": "acme/teacher", "license": "CC0-1.0"}
@@ -182,21 +184,27 @@ def test_datasets_loads_it_a_trainer_finds_its_columns_and_the_card_says_what_it
     assert one["license"] == "CC-BY-4.0" and one["usage"]["estimated"] and one["stop"] == "end"
 
 
-def test_private_text_is_masked_and_counted(tmp_path):
+def test_private_text_is_masked_and_a_secret_stops_it_but_a_home_in_an_answer_does_not(
+    tmp_path, monkeypatch
+):
     rows = question_rows()
     for row in rows[:20]:
         row["answer"] += PRIVATE
-    run = stages(recorded(tmp_path, "first", write_rows(tmp_path / "rows.jsonl", rows)))
+    rows[20]["answer"] = f"Look into {Path.home()}/notes and /home/somebody/x, word-of-honour."
+    run = made_of(tmp_path, rows)
     # answers are the teacher's own: what the corpus masked, it may know from elsewhere
     responses = run.path("responses.jsonl")
     text = responses.read_text(encoding="utf-8")
     assert "[EMAIL]" in text
     responses.write_text(text.replace("[EMAIL]", "ann.smith@acme-mail.org"), "utf-8")
     folder = main(run, heldout=True)
-    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*.jsonl")]
-    assert not any("ann.smith" in text for text in texts)
-    assert sum(text.count("[EMAIL]") for text in texts) > 20
+    text = "".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.jsonl"))
+    assert "ann.smith" not in text and text.count("[EMAIL]") > 20 and "/home/somebody" in text
     assert "masked here: 20 email" in (folder / "README.md").read_text()
+    monkeypatch.setenv("OUR_API_KEY", "word-of-honour")
+    with pytest.raises(DistillError, match=r"holds the value of \$OUR_API_KEY"):
+        main(run, heldout=True)
+    assert (folder / "README.md").is_file(), "the last one stays"
 
 
 def with_config(run: Run, **sections: Any) -> Run:
@@ -204,48 +212,32 @@ def with_config(run: Run, **sections: Any) -> Run:
 
 
 def test_what_may_not_be_published_stops_it(run, tmp_path):
-    tree = run.config.resolved()
-    unknown = {"kind": "recorded", "model": "acme/teacher"}
-    error = refused(with_config(run, teacher=unknown), Exit.TERMS)
-    assert "configs/terms.yaml does not know" in error.what
-    error = refused(with_config(run, teacher=unknown, terms={"basis": "our own model"}), Exit.TERMS)
-    assert error.what == "states no license" and "publish.corpus_license" in error.fix
-    forbidden = {"kind": "recorded", "model": "openai/gpt-4o"}
-    assert "3.3(e)" in refused(with_config(run, teacher=forbidden), Exit.TERMS).what
-    keep = {**tree["corpus"], "private_text": "keep"}
-    assert "no answers are published" in refused(with_config(run, corpus=keep), Exit.PUBLISH).what
-    reserved = question_rows(license="All rights reserved")
-    other = stages(recorded(tmp_path, "other", write_rows(tmp_path / "other.jsonl", reserved)))
-    assert "All rights reserved" in refused(other, Exit.TERMS).what
+    unknown, forbidden = (
+        {"kind": "recorded", "model": model} for model in ("acme/teacher", "openai/gpt-4o")
+    )
+    keep = {**run.config.resolved()["corpus"], "private_text": "keep"}
+    own = {"basis": "our own model"}
+    for code, what, sections in (
+        (Exit.TERMS, "configs/terms.yaml does not know", {"teacher": unknown}),
+        (Exit.TERMS, "states no license", {"teacher": unknown, "terms": own}),
+        (Exit.TERMS, "3.3(e)", {"teacher": forbidden}),
+        (Exit.PUBLISH, "no answers are published", {"corpus": keep}),
+    ):
+        assert what in refused(with_config(run, **sections), code).what
+    reserved = made_of(tmp_path, question_rows(license="All rights reserved"), "other")
+    assert "All rights reserved" in refused(reserved, Exit.TERMS).what
     run.path("documents.jsonl").unlink()
     assert "is missing" in refused(run, Exit.STATE).what
 
 
 def test_each_row_has_the_license_that_it_states(tmp_path):
-    rows = [
-        {**row, "license": ("MIT", "ODC-By 1.0", "unknown")[n % 3]}
-        for n, row in enumerate(question_rows())
-    ]
-    run = recorded(
-        tmp_path, "first", write_rows(tmp_path / "rows.jsonl", rows),
-        publish={"corpus_license": "CC0-1.0"},
-    )  # fmt: skip
-    folder = main(stages(run))
+    rows = question_rows()
+    for n, row in enumerate(rows):
+        row["license"] = ("MIT", "ODC-By 1.0", "unknown")[n % 3]
+    folder = main(made_of(tmp_path, rows, publish={"corpus_license": "CC0-1.0"}))
     assert {row["license"] for row in rows_of(folder)} == {"MIT", "ODC-By 1.0", "CC0-1.0"}
     data = DatasetCard.load(folder / "README.md").data.to_dict()
     assert data["license"] == ["cc0-1.0", "mit", "other"] and data["license_name"] == "odc-by-1.0"
-
-
-def test_a_secret_of_this_machine_stops_it_and_a_home_in_an_answer_does_not(tmp_path, monkeypatch):
-    rows = question_rows()
-    rows[0]["answer"] = f"Look into {Path.home()}/notes and /home/somebody/notes, word-of-honour."
-    run = stages(recorded(tmp_path, "first", write_rows(tmp_path / "rows.jsonl", rows)))
-    folder = main(run, heldout=True)
-    assert any("/home/somebody" in path.read_text() for path in folder.rglob("*.jsonl"))
-    monkeypatch.setenv("OUR_API_KEY", "word-of-honour")
-    with pytest.raises(DistillError, match=r"holds the value of \$OUR_API_KEY"):
-        main(run, heldout=True)
-    assert (folder / "README.md").is_file(), "the last one stays"
 
 
 def test_a_second_upload_is_a_new_commit_and_held_out_rows_go_with_it(run, tmp_path, monkeypatch):
@@ -279,16 +271,12 @@ def test_soft_labels_are_the_teacher_s_distributions_but_of_no_masked_row(tmp_pa
     pairs, touched = read_pairs(run), read_pairs(run)[0]
     masked = touched.response.model_copy(update={"reasoning": PRIVATE})
     responses = [masked, *(pair.response for pair in pairs[1:])]
-    documents = [
-        Document(id=p.prompt.document_id, text="x", source="x:1", split="train") for p in pairs
-    ]
-    for name, records in {
-        "documents": documents,
-        "prompts": [pair.prompt for pair in pairs],
-        "responses": responses,
-        "dropped": [],
-    }.items():
-        write_records(run.path(f"{name}.jsonl"), records)
+    known: dict[str, Any] = {"text": "x", "source": "x:1", "split": "train"}
+    documents = [Document(id=pair.prompt.document_id, **known) for pair in pairs]
+    write_records(run.path("documents.jsonl"), documents)
+    write_records(run.path("prompts.jsonl"), [pair.prompt for pair in pairs])
+    write_records(run.path("responses.jsonl"), responses)
+    write_records(run.path("dropped.jsonl"), [])
     write_json(run.path("funnel.json"), {})
     folder = main(run, soft_labels=True)
     loaded: Any = load_dataset(str(folder), "soft_labels", cache_dir=str(tmp_path / "cache"))
