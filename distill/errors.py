@@ -43,11 +43,6 @@ class DistillError(Exception):
         super().__init__(f"{self.where}: {what} ({fix})")
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def one_line(error: BaseException) -> str:
     """Return the beginning of an error's message as one line, or its kind where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

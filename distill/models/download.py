@@ -17,7 +17,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from distill.errors import DistillError, Exit, first_line
+from distill.errors import DistillError, Exit, one_line
 from distill.models.weights import require_intact
 from distill.records import Record
 from distill.storage.files import (
@@ -154,7 +154,7 @@ def _from_hub(gguf: Gguf, file: Path) -> None:
         say(f"{file.stem}: downloading {name} from the Hub, {gguf.bytes / 1e6:,.0f} MB")
         path = hf_hub_download(repository, name, revision=revision, local_dir=file.parent)
     except (HTTPError, OSError) as error:
-        raise Unavailable(first_line(error)) from None
+        raise Unavailable(one_line(error)) from None
     Path(path).rename(file)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from distill.config.values import SAFE, Trust, checked_model
 from distill.config.yaml_file import find_config, read_table
-from distill.errors import DistillError, Exit, first_line
+from distill.errors import DistillError, Exit, one_line
 from distill.models.download import Gguf, converted
 from distill.records import Record, digest
 from distill.storage.files import sha256_file, write_json
@@ -186,7 +186,7 @@ def fetch(
     try:  # HF_HUB_OFFLINE and HF_ENDPOINT are honoured
         return Path(snapshot_download(reference, revision=version, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        what = f"could not be fetched from the Hub: {first_line(error)}"
+        what = f"could not be fetched from the Hub: {one_line(error)}"
         names = ", ".join(name for name in table() if "/" not in name)
         fix = f"check id and network, or use one of {names}"
         raise DistillError(Exit.INPUT, where, what, fix) from None

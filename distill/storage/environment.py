@@ -24,10 +24,8 @@ LIBRARIES = (
     "torch transformers accelerate peft datasets safetensors gguf numpy scipy sacrebleu".split()
 )
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"), Path("/dev/dxg"))
-LAUNCHER = re.compile(r"accelerate|torchrun|torch\.distributed")
-PROCESSES = re.compile(r"--(num_processes|num-processes|nproc_per_node|nproc-per-node)[\0=](\d+)")
+LAUNCHED = re.compile(r"accelerate.*--num[_-]processes[\0=](\d+)")  # torchrun starts what it says
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-MACHINES = re.compile(r"--nnodes[\0=](\d+)")  # of torchrun, whose processes are by machine
 
 
 def environment() -> dict[str, object]:
@@ -95,15 +93,12 @@ def revision() -> str | None:
     """Return the source tree's commit, with `+` where it has changes; None outside a checkout."""
     if not (PACKAGE.parent / ".git").exists():
         return None
-    words = "status --porcelain=v2 --branch --untracked-files=no"
-    command = ["git", "--no-optional-locks", "-C", str(PACKAGE.parent), *words.split()]
+    words = "git --no-optional-locks describe --always --exclude=* --abbrev=12 --dirty=+".split()
     try:
-        status = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        done = subprocess.run(words, cwd=PACKAGE.parent, capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    commit = re.search(r"^# branch.oid (\w{12})", status, re.MULTILINE)
-    changed = re.search(r"^[^#]", status, re.MULTILINE)
-    return commit and commit[1] + "+" * bool(changed)
+    return done.stdout.decode().strip() or None
 
 
 def cpu_facts() -> dict[str, str]:
@@ -141,11 +136,8 @@ def check_world(stated: Mapping[str, int | None], world: int) -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         stated = {**stated, "srun": tasks}
-    command = launcher_command()
-    match = PROCESSES.search(command) if LAUNCHER.search(command) else None
-    machines = MACHINES.search(command) if match and match[1].startswith("nproc") else None
-    count = int(match[2]) * (int(machines[1]) if machines else 1) if match else None
-    for source, number in {**stated, "launcher": count}.items():
+    match = LAUNCHED.search(launcher_command())
+    for source, number in {**stated, "launcher": match and int(match[1])}.items():
         if number and number != world:
             what = f"{number} processes were asked for, {world} came"
             fix = f"accelerate launch --multi_gpu --num_processes {number} scripts/train.py CONFIG"

@@ -125,14 +125,21 @@ def read_records(path: Path, kind: type[R], torn: bool = False) -> list[R]:
     return records
 
 
-def append_record(path: Path, record: Record) -> None:
-    """Add a record to a small file of lines, durably, in place of a line that a crash cut off."""
-    with disk_errors(path), path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(record.model_dump_json().encode() + b"\n")
+def extend(path: Path, data: bytes, size: int | None = None) -> None:
+    """Add bytes to a file, behind its first `size` ones where that is given, and durably."""
+    with path.open("ab") as file:
+        if size is not None:
+            file.truncate(size)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a record to a small file of lines, durably, in place of a line that a crash cut off."""
+    with disk_errors(path):
+        lines = path.read_bytes() if path.exists() else b""
+        extend(path, record.model_dump_json().encode() + b"\n", lines.rfind(b"\n") + 1)
 
 
 @contextmanager

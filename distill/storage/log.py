@@ -225,8 +225,7 @@ class Log(ExitStack):
                 if ours:
                     name = f"{path.stem}-{offset}-{hashlib.sha256(data).hexdigest()[:8]}"
                     files.write_atomic(self.folder / "torn" / name, data)
-                    os.truncate(path, offset)
-                    _extend(path, b"")
+                    files.extend(path, b"", offset)
                     say(f"{path}: a record cut off while being written was moved to torn/")
                 return
             if record is not None and (last or complete):
@@ -240,7 +239,7 @@ class Log(ExitStack):
                 raise damaged(f"{path}:{line}", self.folder, what)
             if not complete:
                 if ours:
-                    _extend(path, b"\n")
+                    files.extend(path, b"\n")
                     segment.size = offset + len(data) + 1
                 return
             segment.size = offset + len(data)
@@ -336,11 +335,3 @@ class LogWriter:
         """Return once nothing waits to be written."""
         if self._last is not None:
             await asyncio.wait([self._last])
-
-
-def _extend(path: Path, data: bytes) -> None:
-    """Add bytes at the end of a file and make them, and its length, durable."""
-    with path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from pydantic_core import to_jsonable_python
 from distill.config.renamed_keys import BEFORE, fields_in, present_path
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config, place_of, with_values
-from distill.errors import DistillError, Exit, first_line
+from distill.errors import DistillError, Exit, one_line
 from distill.storage import files
 from distill.storage.environment import environment
 from distill.storage.ledger import Ledger, now
@@ -162,7 +162,8 @@ class Run:
         marker = self.path(stage.marker)
         mark = {"fingerprint": self.fingerprint(stage), "finished": False, "begun": now()}
         files.write_json(marker, mark)
-        self._note_stage(stage, {"environment": environment()})
+        facts: dict[str, object] = {"environment": environment()}
+        self.note("stages", {**self.manifest().get("stages", {}), stage.name: facts})
         with self.ledger.counting(stage.name, marker, mark["begun"]):
             self.work(stage)
         mark |= {"finished": True, "at": now()}
@@ -170,8 +171,8 @@ class Run:
             mark["outputs"] = files.sha256_files(self.folder, stage.outputs)
             mark["ledger"] = files.sha256_file(self.ledger.path)
         text = files.as_json(mark)
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        self._note_stage(stage, {**self.made_with(stage.name), "marker": sha256})
+        facts["marker"] = hashlib.sha256(text.encode()).hexdigest()
+        self.note("stages", {**self.manifest().get("stages", {}), stage.name: facts})
         files.write_atomic(marker, text)
 
     def work(self, stage: Stage) -> None:
@@ -182,12 +183,9 @@ class Run:
             full = "CUDA error: out of memory" in str(error)
             if not full and type(error).__name__ != "OutOfMemoryError":
                 raise
-            what = f"out of GPU memory: {'. '.join(first_line(error).split('. ')[:2])}"
+            what = f"out of GPU memory: {'. '.join(one_line(error).split('. ')[:2])}"
             fix = f"{stage.smaller}; the same command continues"
             raise DistillError(Exit.TRAINING, f"stage {stage.name}", what, fix) from None
-
-    def _note_stage(self, stage: Stage, facts: Mapping[str, object]) -> None:
-        self.note("stages", {**self.manifest().get("stages", {}), stage.name: facts})
 
     def made_with(self, stage: str) -> dict[str, Any]:
         """Return what the manifest says of a stage: its `environment`, and its marker's hash."""

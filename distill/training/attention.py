@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from distill.errors import first_line
+from distill.errors import one_line
 from distill.models.arithmetic import BLOCK, SAVED_KEYS
 from distill.models.devices import raise_device_error, send
 from distill.models.grouped_attention import ungrouped
@@ -198,7 +198,7 @@ def why_apart(device: torch.device, dtype: torch.dtype, heads: int, keys: int, s
                 results.append(torch.cat([part.float().flatten() for part in parts]))
         except (RuntimeError, TypeError, ImportError) as error:  # of this type, GPU or torch
             raise_device_error(error)
-            return first_line(error)
+            return one_line(error)
     difference = (results[0] - results[1]).norm()
     return "" if difference <= 0.02 * results[1].norm() else "it has other values"
 

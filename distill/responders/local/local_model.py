@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config.values import SAFE, Trust
-from distill.errors import DistillError, Exit, first_line
+from distill.errors import DistillError, Exit, one_line
 from distill.models.arithmetic import LIMITS, fitting_rows, row_bytes
 from distill.models.chat_template import (
     DATE,
@@ -209,7 +209,7 @@ class LocalResponder:
                     yield raws
             except torch.OutOfMemoryError as error:
                 if size == 1:
-                    what = f"out of GPU memory with one answer at a time: {first_line(error)}"
+                    what = f"out of GPU memory with one answer at a time: {one_line(error)}"
                     fix = "lower max_new_tokens, free the GPU, or take a smaller model"
                     raise DistillError(Exit.TRAINING, f"model {self.model}", what, fix) from None
                 self.most_rows = size // 2
