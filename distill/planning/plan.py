@@ -108,9 +108,8 @@ def types_of(config: Config) -> list[str]:
 def show(plan: RunPlan) -> Group:
     """Return a plan for the terminal."""
     splits = ", ".join(f"{many:,} {split}" for split, many in plan.prompts.items())
-    rows = table(
-        f"plan of {plan.name}: prompts {splits}", "stage", "work", ">tokens", ">time", ">memory"
-    )
+    columns = ("stage", "work", ">tokens", ">time", ">memory")
+    rows = table(f"plan of {plan.name}: prompts {splits}", *columns)
     peaks = {row.stage: size(row.peak) for row in plan.memory}
     for row in plan.stages:
         tokens = "" if row.tokens is None else count(row.tokens)
@@ -120,10 +119,8 @@ def show(plan: RunPlan) -> Group:
     price = f"{money(dollars, up=True)} of machine time" if dollars else ""
     rows.add_row("all", price, total, duration(plan.seconds), "")
     lines = [f"machine: {plan.machine.name}: {plan.machine.source}"]
-    for place in dict.fromkeys(row.place for row in plan.memory):
-        there = [row for row in plan.memory if row.place == place]
-        highest = max(there, key=lambda row: row.peak)
-        lines += [row.line() for row in there if row is highest or not row.fits]
+    highest = max(plan.memory, key=lambda row: row.peak)
+    lines += [row.line() for row in plan.memory if row is highest or not row.fits]
     each = ", ".join(f"{what} {size(amount)}" for what, amount in plan.disk.items())
     word = "DOES NOT FIT: there are" if sum(plan.disk.values()) > plan.disk_free else "of"
     return Group(rows, *lines, f"disk: {each}; {word} {size(plan.disk_free)}", *plan.notes)
@@ -148,18 +145,14 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
         return
     if "train" in left:
         require_length(config, work)
-    # What is read and answered is expected to take so much; without the rest nothing is trained.
-    disk, free = plan.disk, plan.disk_free
-    trained = disk["checkpoints"] + disk["merged"] if "train" in left else 0.0
-    trained += disk.get("soft labels", 0.0) if "signals" in left else 0.0
-    needed = max(trained, sum(disk.values()) if "generate" in left else 0.0)
+    disk, free = plan.disk, plan.disk_free  # without these parts of it nothing is trained
+    needed = disk["checkpoints"] + disk["merged"] if "train" in left else 0.0
+    needed += disk.get("soft labels", 0.0) if "signals" in left else 0.0
     if needed > free:
         each = ", ".join(f"{what} {size(amount)}" for what, amount in disk.items() if amount)
         what = f"needs about {size(needed)}, and {size(free)} are free ({each})"
-        if trained > free:
-            fix = "free space, or name another disk: runs=DIR"
-            raise DistillError(Exit.STATE, run.folder, what, fix)
-        say(f"run: {run.folder} {what}")
+        fix = "free space, or name another disk: runs=DIR"
+        raise DistillError(Exit.STATE, run.folder, what, fix)
     for row in (row for row in plan.memory if row.stage in left and not row.fits):
         if row.room is not None and row.parts["weights"] > row.room:
             fix = "take a smaller model or a larger machine; distill plan shows each stage"
