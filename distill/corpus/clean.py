@@ -7,22 +7,13 @@ Control tokens are known by the shapes of the families, since the models are not
 import re
 import unicodedata
 
+from distill import shipped_table
 from distill.models.chat_template import SEPARATOR
 
 CONTROL = re.compile(r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
 BOUNDARIES = (re.compile(r"\n\s*\n"), re.compile(r"(?<=[.!?。！？])\s+|\n"), re.compile(r"\s+"))
 WORD_START = re.compile(r"(?<=\s)\S")
-CONTROL_TOKENS = re.compile(
-    # ChatML, Llama 3, Phi, Command, GPT-OSS, Gemma 4
-    r"<\|[\w.:/-][\w .:/-]{0,59}\|?>|<[\w.:/-]{1,60}\|>"
-    # DeepSeek, with full-width bars
-    r"|<\uff5c[^\uff5c<>]{1,60}\uff5c>"
-    # Llama 2, Mistral, GLM
-    r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|SYSTEM_PROMPT|gMASK)\]|<</?SYS>>"
-    # Gemma; our own fence
-    r"|</?(?:s|bos|eos|pad|unk|sop|mask|start_of_turn|end_of_turn|start_of_image|document)>",
-    re.IGNORECASE,
-)
+CONTROL_TOKENS = re.compile("|".join(shipped_table("control_tokens.yaml")), re.IGNORECASE)
 
 
 def normalise(text: object) -> str:

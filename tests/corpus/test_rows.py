@@ -1,15 +1,18 @@
 """Rows: what is a document, what a prompt, what its reference; and what is refused."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config.tree import Columns
 from distill.corpus.rows import LeftOut, Reading, interpret
 
+TABLE = yaml.safe_load(Path("tests/fixtures/rows.yaml").read_text(encoding="utf-8"))
 ASKED = [{"role": "user", "content": "Hi?"}]
 TRANSCRIPT = "\n\nHuman: What is 2 and 2?\n\nAssistant:"
 
@@ -60,37 +63,13 @@ def test_the_last_turn_of_the_assistant_is_recorded_and_not_asked():
     assert meta({"messages": turns}, pattern="(.)")["reference"] == "2"
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({}, "no column of text"),
-        ({"text": None}, "no column of text"),
-        ({"text": 3}, "int, not text"),
-        ({"text": ""}, "empty"),
-        ({"text": "ok", "title": "\ud800"}, "surrogate"),
-        ({"messages": []}, "list of turns"),
-        ({"messages": "text"}, None),
-        ({"messages": [1]}, "role and a text"),
-        ({"messages": [{"role": "root", "content": "x"}]}, "unknown role"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role"),
-        ({"messages": [{"role": "user", "content": None}]}, "NoneType"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "no last user turn"),
-        ({"output": "an answer alone"}, "no column of text"),
-        ({"instruction": "", "output": "x"}, "no last user turn"),
-        ({"prompt": "q", "completion": "a\0b"}, "NUL"),
-        ({"prompt": "q", "completion": "\ud800"}, "surrogate"),
-        ({"messages": "[{'role': 'user' 'content'"}, "neither JSON nor a Python literal"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "int, not"),
-        ({"chosen": "No conversation.", "rejected": "x"}, "no last user turn"),
-        ({"prompt": TRANSCRIPT, "chosen": "4", "rejected": "5"}, "a transcript in one text"),
-        ({"prompt": "### Human: hi### Assistant:"}, "a transcript in one text"),
-        ({"chosen": f"{TRANSCRIPT} 4", "rejected": f"{TRANSCRIPT} 5"}, "a transcript in one text"),
-        ({"prompt": {"role": "prompter", "text": "q", "replies": [{}]}}, "a tree of replies"),
-        ({"messages": [*ASKED, {"role": "system", "content": "x"}]}, "no last user turn"),
-        ({"prompt": "q", "completion": "a", "label": False}, "not wanted"),
-        ({"message_id": 1, "parent_id": None, "role": "x", "text": "q"}, "message of a tree"),
-    ],
-)
+LONE = [
+    ({"text": "ok", "t": "\ud800"}, "surrogate"),
+    ({"prompt": "q", "output": "\ud800"}, "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), [*TABLE["refused"], *LONE])
 def test_a_row_that_is_neither_says_why(row, reason):
     both = {"prompt": "p", "text": "t"}
     assert "messages" in meta(both) and "messages" not in meta(both, form="documents")
@@ -224,45 +203,9 @@ def test_a10_parts_are_joined_and_turns_of_tools_are_left_out_with_a_count():
         interpret({"messages": [{"role": "user", "content": image}]}, "a:1")
 
 
-DEVELOPER = {"role": "developer", "content": "s"}
-PAIR = {"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}
-
-
-@pytest.mark.parametrize(
-    ("row", "asked", "answer"),
-    [
-        ({"Question": "q", "Complex_CoT": "2+2", "Response": "a"}, "q", "a"),
-        ({"INSTRUCTION": "q", " input": "i", "Output ": "a"}, "q\n\ni", "a"),
-        ({"Text": "q"}, "", ""),
-        ({"conversations": ["q", "a"], "source": "lima"}, "q", "a"),
-        ({"conversation": PAIR, "model": "gpt-4", "turn": 1, "toxic": False}, "q", "a"),
-        ({"system": "", "question": "q", "chosen": "a", "rejected": "b"}, "q", "a"),
-        ({"conversations": [PAIR[0]], "chosen": PAIR[1], "rejected": PAIR[1]}, "q", "a"),
-        ({"query": "q", "answer": "a"}, "q", "a"),
-        ({"question": "q", "solution": "a", "answer": "4"}, "q", "a"),
-        ({"instruction": "q", "output": "a", "prompt": "### q ### a"}, "q", "a"),
-        ({"question": "q", "passage": "p", "answer": "a"}, "p\n\nq", "a"),
-        ({"question": "q", "context": ["p", "r"], "answer": "a"}, "p\n\nr\n\nq", "a"),
-        ({"messages": [{"speaker": "user", "text": "q"}, PAIR[1]]}, "q", "a"),
-        ({"messages": [*PAIR, {"role": "assistant", "content": " b"}]}, "q", "a\n\n b"),
-        ({"messages": [PAIR[1], *PAIR]}, "q", "a"),
-        (
-            {"system_prompt": "s", "messages": [{"role": "developer", "content": "s"}, *PAIR]},
-            "q",
-            "a",
-        ),
-        ({"instruction": "q", "output": "a", "system": "s"}, "q", "a"),
-        ({"instruction": "q", "input": "i", "output": "a"}, "q\n\ni", "a"),
-        ({"prompt": "q", "input": "i", "response": "a"}, "q\n\ni", "a"),
-        ({"context": "c", "question": "q", "answer": "a"}, "c\n\nq", "a"),
-        ({"prompt": float("nan"), "question": "q", "answer": "a"}, "q", "a"),
-        ({"messages": [{"from": "Human", "value": "q"}, {"from": "Bot", "value": ""}]}, "q", ""),
-        ({"messages": [*PAIR, {"role": "assistant", "content": None}]}, "q", "a"),
-    ],
-)
+@pytest.mark.parametrize(("row", "asked", "answer"), TABLE["sets"])
 def test_a2_other_sets_of_the_hub(row, asked, answer):
     """A2: LIMA, WildChat, Orca DPO, HotpotQA, NuminaMath and such."""
-    row = {name: [*value] if value is PAIR else value for name, value in row.items()}
     found = interpret(row, "a:1")
     turns = found.meta.get("messages", [{"role": "user", "content": ""}])
     assert [turn["content"] for turn in turns if turn["role"] == "user"] == [asked]
@@ -271,26 +214,7 @@ def test_a2_other_sets_of_the_hub(row, asked, answer):
     assert [one["text"] for one in found.recorded_answers] == [answer] * bool(answer)
 
 
-@pytest.mark.parametrize(
-    ("value", "texts"),
-    [
-        (
-            [{"model": m, "response": f"by {m}", "overall_score": 2.0} for m in "xy"],
-            ["by x", "by y"],
-        ),
-        (42, ["42"]),
-        (4.5, ["4.5"]),
-        (True, ["true"]),
-        (float("nan"), []),
-        ("", []),
-        (None, []),
-        ({"name": "Ü", "age": 3}, ['{"name": "Ü", "age": 3}']),
-        ([{"a": 1}], ['[{"a": 1}]']),
-        (["one", "two", "one"], ["one", "two"]),
-        ({"text": [], "answer_start": []}, []),
-        ([{"text": "a", "answer_start": 1}, {"text": "b", "answer_start": 2}], ["a", "b"]),
-    ],
-)
+@pytest.mark.parametrize(("value", "texts"), TABLE["answers"])
 def test_answers_that_are_no_text(value, texts):
     assert [one["text"] for one in recorded({"question": "q", "answer": value})] == texts
 

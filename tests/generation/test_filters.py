@@ -51,22 +51,10 @@ CIRCLE = "The value is returned. " * 6
     [
         *((text, "empty") for text in ("", "  \n", "```\n```", "```json\n\n```")),
         ("I'm sorry, but I can't assist with that request.", "refusal"),
-        ("I cannot help with this.", "refusal"),
-        ("Sorry, I am unable to provide that.", "refusal"),
-        ("As an AI language model, I do not have access to it.", "refusal"),
-        ("Unfortunately, I can\u2019t answer this.", "refusal"),
-        ("I can help you with that.", None),
-        ('print("I cannot help")', None),
-        ("It says: I cannot help.", None),
-        ("Sorry is a card game.", None),
-        ("I cannot overstate how useful sorted() is.", None),
-        ("Unfortunately the function raises ValueError.", None),
         (CIRCLE, "repetition"),
         ("a b c d e f " * 20, "repetition"),
         ("-" * 200 + "\ntitle", None),  # a ruler
         ("\n".join(f"print(table[{i}])  # row {i}" for i in range(20)), None),
-        ("I can't help but notice how short it is.", None),
-        ("Unfortunately, I can't access the file, but the fix is to close it first.", None),
     ],
 )
 def test_the_text_alone_may_be_the_reason(text, why):

@@ -8,7 +8,6 @@ does not let us. Standard library only; Linux 5.14 counts processes for each use
 import ctypes
 import errno
 import os
-import re
 import resource
 import signal
 import struct
@@ -34,29 +33,10 @@ ARENA_MAX = -8
 MOUNT_SETATTR = 442
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
-# Refused, as numbers on x86-64 and aarch64 (-1: not there). Linux:
-# arch/x86/entry/syscalls/syscall_64.tbl, and include/uapi/asm-generic/unistd.h. Sockets of every
-# family are, since vsock knows no namespaces.
-_NUMBERS = """
-socket 41 198, ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271
-kcmp 312 272, pidfd_getfd 438 438, mount 165 40, umount2 166 39, pivot_root 155 41
-chroot 161 51, open_tree 428 428, move_mount 429 429, fsopen 430 430, fsconfig 431 431
-fsmount 432 432, fspick 433 433, mount_setattr 442 442, unshare 272 97, setns 308 268
-memfd_create 319 279, memfd_secret 447 447, shmget 29 194, msgget 68 186, semget 64 190
-mq_open 240 180, bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, add_key 248 217
-request_key 249 218, keyctl 250 219, io_uring_setup 425 425, io_uring_enter 426 426
-io_uring_register 427 427, init_module 175 105, finit_module 313 273, delete_module 176 106
-kexec_load 246 104, kexec_file_load 320 294, open_by_handle_at 304 265
-name_to_handle_at 303 264, fanotify_init 300 262, personality 135 92, swapon 167 224
-swapoff 168 225, reboot 169 142, syslog 103 116, acct 163 89, quotactl 179 60
-setpriority 141 140, ioprio_set 251 30, sched_setparam 142 118, sched_setscheduler 144 119
-sched_setaffinity 203 122, sched_setattr 314 274
-sethostname 170 161, setdomainname 171 162, iopl 172 -1, ioperm 173 -1, modify_ldt 154 -1
-"""
-REFUSED = {
-    name: (int(x86_64), int(aarch64))
-    for name, x86_64, aarch64 in map(str.split, re.split(r"[,\n]", _NUMBERS.strip()))
-}
+# By name, the numbers on x86-64 and aarch64
+with open(os.path.join(os.path.dirname(__file__), "refused_calls.txt"), encoding="ascii") as table:
+    rows = [line.split() for line in table if not line.startswith("#")]
+REFUSED = {name: (int(x86_64), int(aarch64)) for name, x86_64, aarch64 in rows}
 CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 PRLIMIT = {"x86_64": 302, "aarch64": 261}
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
