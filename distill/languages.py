@@ -5,6 +5,7 @@ run says of its corpus, and in which language questions are asked for.
 """
 
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ UNSPACED = (
 )
 SPACELESS = re.compile(f"[{UNSPACED}]")
 TABLE = shipped_table("languages.yaml")
+SENTENCE_END = re.compile(TABLE["sentence_end"])
+PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + TABLE["punctuation"]))
 SCRIPTS: dict[str, str] = TABLE["scripts"]
 COMMON_WORDS = {name: frozenset(words.split()) for name, words in TABLE["common_words"].items()}
 SAMPLE = 2000  # characters of a text that are looked at

@@ -12,15 +12,6 @@ from typing import NamedTuple
 from distill import shipped_table
 
 PLACEHOLDER = re.compile(r"(?:pass(?:word|wd)?|pwd|secret|token|key|x+|\*+|\W.*)$", re.I)
-SHORTHANDS = {  # of the table
-    "<start>": r"(?:(?<![\w-])|(?<=\\[nrt]))",  # not inside a word; an escaped line end is no word
-    "<an>": "[A-Za-z0-9]",
-    "<b64>": "[A-Za-z0-9+/]",
-    "<hex>": "[0-9a-f]",
-    "<is>": r"""["']?\s{0,3}[:=]\s{0,3}["']?""",
-    "<uuid>": "[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}",
-    "<w>": r"[\w-]",
-}
 
 
 class Secret(NamedTuple):
@@ -67,11 +58,12 @@ def is_password(match: re.Match[str]) -> bool:
 
 def read_forms() -> Iterator[Form]:
     """Yield the forms of the table that ships, in its order; no other table takes its place."""
-    for row in shipped_table("secret_patterns.yaml"):
+    table = shipped_table("secret_patterns.yaml")
+    for row in table["forms"]:
         pattern = row.get("pattern") or (
             f"<start>(?:{'|'.join(map(re.escape, row['signs']))}){row['body']}(?![A-Za-z0-9])"
         )
-        for short, full in SHORTHANDS.items():
+        for short, full in table["shorthands"].items():
             pattern = pattern.replace(short, full)
         form = Form(row["name"], tuple(row["signs"]), re.compile(pattern))
         if row.get("kind") == "password":

@@ -11,7 +11,6 @@ import inspect
 import json
 import logging
 import re
-import string
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ import regex
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from distill.callables import PROVIDED
-from distill.languages import SPACELESS
+from distill.languages import PUNCTUATION, SENTENCE_END, SPACELESS
 from distill.records import Prompt
 from distill.tasks.json_schema import first_error, valid_schema
 from distill.tasks.sandbox.programs import DEFAULT, Limits, program, read_tests, run_tests
@@ -35,17 +34,6 @@ MAX_MATH = 1_000  # characters at the end of an answer in which an expression is
 FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)
 NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
 STATED = re.compile(r"####\s*([^\n]+)|\\boxed\{([^{}]*)\}")
-# Letters that begin a sentence: capitals, and those of scripts without any, as Arabic to Burmese
-FIRST = (
-    "A-Z\u00c0-\u00de\u0391-\u03ab\u0400-\u042f\u0531-\u0556\u05d0-\u109f\u1780-\u17b3\uac00-\ud7a3"
-)
-SENTENCE_END = re.compile(
-    rf"(?<=[.!?\u061f\u06d4\u0964])[\"')\]]*\s+(?=[\"'(\[\u00bf\u00a1\u00ab\u201c]*[{FIRST}])"
-    r"|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d\uff09]*\s*|\n+"
-)
-PUNCTUATION = dict.fromkeys(
-    map(ord, f"{string.punctuation}、。！？，：；（）「」『』\u061f\u060c\u061b\u0964")
-)
 CHOSEN = re.compile(r"(?:answer|choice|option)\W*+(?:is\W*+)?\b([A-Z])\b", re.IGNORECASE)
 FieldType = Literal["string", "[string]", "any"]
 FIELD_TYPES: dict[FieldType, dict[str, object]] = {
