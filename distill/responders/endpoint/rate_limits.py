@@ -13,24 +13,18 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from distill.responders.endpoint.wire import TABLE
+
 LONGEST_WAIT = 60.0  # seconds of backoff
 FOREVER = 1e9  # seconds; a longer wait is as good as this one
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 LOOKED_AT = 64 << 10  # bytes of a body
 SINCE_1970 = 1e9  # seconds; a wait is shorter
-UNIT = r"milliseconds?|minutes?|mins?|ms|m|seconds?|secs?|s|hours?|hrs?|h|days?|d"
-PART = re.compile(rf"(\d{{1,12}}(?:\.\d{{1,12}})?)\s?({UNIT})?", re.IGNORECASE)
-DURATION = rf"((?:\d{{1,12}}(?:\.\d{{1,12}})?\s?(?:{UNIT})?\s?){{1,5}})"
-DELAY = re.compile(
-    r"(?:retry_?(?:delay|after)(?:_?s(?:econds)?)?\\?\"\s*:\s*(?:\{\s*\"seconds\"\s*:\s*)?\\?\"?"
-    r"|\b(?:(?:try|retry|resets?|available)(?: your request)?(?: again)? (?:in|after):?|wait"
-    rf"(?: for)?)(?: about)? ){DURATION}",
-    re.IGNORECASE,
-)
-# OpenAI, Groq, Together, OpenRouter, Anthropic, Azure; and the draft of the IETF
-RESET = re.compile(r"(?:x-|anthropic-)?rate-?limit-[a-z-]{0,40}?reset(?:-[a-z-]{1,40})?")
-DRAFT = re.compile(r"\bt=(\d{1,12})")  # of the IETF's newest: "default";r=0;t=45
-RESET_INSIDE = re.compile(r'"x-ratelimit-reset"\s*:\s*"?([\d.]{1,20})', re.IGNORECASE)
+WAITS = TABLE["waits"]
+NUMBER = r"\d{1,12}(?:\.\d{1,12})?"
+PART = re.compile(rf"({NUMBER})\s?({WAITS['unit']})?", re.IGNORECASE)
+DURATION = rf"((?:{NUMBER}\s?(?:{WAITS['unit']})?\s?){{1,5}})"
+DELAY = re.compile(rf"(?:{WAITS['delay']}){DURATION}", re.IGNORECASE)
 SEVERAL = 5  # requests that bring no answer, before any has: the run fails, and not they
 
 
@@ -64,12 +58,14 @@ def stated_wait(headers: Mapping[str, str], data: bytes) -> float | None:
     now, text = time.time(), data[:LOOKED_AT].decode("utf-8", "replace")
     if match := DELAY.search(text):
         return _duration(match[1])
-    names = [name.lower() for name in headers if RESET.fullmatch(name.lower())]
+    names = [name.lower() for name in headers if re.fullmatch(WAITS["header"], name.lower())]
     empty = [n for n in names if headers.get(n.replace("reset", "remaining"), "").strip() == "0"]
     waits = [_until(headers[name], now) for name in empty or names]
     if seconds := [wait for wait in waits if wait is not None]:
         return max(seconds) if empty else min(seconds)
-    match = RESET_INSIDE.search(text) or DRAFT.search(headers.get("ratelimit", ""))
+    match = re.search(WAITS["inside"], text, re.IGNORECASE) or re.search(
+        WAITS["draft"], headers.get("ratelimit", "")
+    )
     return _until(match[1], now) if match else None
 
 
