@@ -15,14 +15,11 @@ from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import (
     LEAST,
-    LIMITS,
     USABLE,
     LoraTraining,
     adapter_parameters,
     answering_bytes,
-    cache_bytes,
     capture_bytes,
-    fitting_rows,
     reading_bytes,
 )
 from distill.models.devices import Gpu, gpus
@@ -159,14 +156,6 @@ def test_what_a_layer_keeps_on_a_gpu_is_what_it_saves(
     assert expected == pytest.approx(measured, rel=0.15)
 
 
-def test_dropout_of_a_7b_keeps_69_kb_a_token_and_layer() -> None:
-    """As measured on `meta`: of seven modules their own inputs and masks, less three shared."""
-    plain, dropped = (
-        LoraTraining(STUDENTS["7B"], 16, dropout=p).parts(1)["activations"] for p in (0.0, 0.1)
-    )
-    assert dropped - plain == 28 * 69_120
-
-
 def test_a_student_in_shards_holds_its_part_and_what_is_gathered() -> None:
     whole, eighth = (LoraTraining(STUDENTS["7B"], 16, shards=n).parts(512) for n in (1, 8))
     shape = STUDENTS["7B"]
@@ -258,39 +247,6 @@ def test_every_gpu_and_student_is_planned_by_the_sum_of_its_parts(work: Work, gp
 
 
 # On GPUs of so many GB: does a student's training fit, and its evaluation?
-FITTING = {
-    ("8B", "false", 16): (False, False),
-    ("8B", "true", 16): (True, False),  # trained in 4 bits for hours, and then evaluated in 16
-    ("8B", "false", 24): (True, True),
-    ("7B", "true", 24): (True, True),
-    ("7B", "false", 8): (False, False),
-    ("1.5B", "false", 8): (True, True),
-    ("135M", "false", 8): (True, True),
-}
-
-
-@pytest.mark.parametrize(("case", "fits"), FITTING.items(), ids=str)
-def test_a_student_that_fits_for_training_and_not_for_evaluation_is_known_before(
-    work: Work, case: tuple[str, str, int], fits: tuple[bool, bool]
-) -> None:
-    name, four_bit, gigabytes = case
-    machine = Machine(
-        name="x", kind="cuda", rates={"auto": ("bfloat16", 1e14)}, memory=gigabytes * GB, source=""
-    )
-    words = (f"student.load_in_4bit={four_bit}", "train.gradient_checkpointing=true")
-    rows = memory_of(work, STUDENTS[name], machine, *words)
-    assert (rows["train"].fits, rows["evaluate"].fits) == fits, rows
-    taken = machine.model_copy(update={"free": 0.0})  # by others, to the last byte
-    assert not memory_of(work, STUDENTS[name], taken, *words)["train"].fits
-
-
-def test_rows_of_answers_fill_the_share_of_memory_that_they_may() -> None:
-    shape = STUDENTS["1.5B"]
-    row = 1024 * cache_bytes(shape)
-    assert fitting_rows(0, row, "cuda") == fitting_rows(-5, row, "cpu") == 1
-    assert fitting_rows(1e15, row, "cuda") == LIMITS["cuda"].rows
-    rows = fitting_rows(10 * GB, row, "cuda")
-    assert rows * row <= LIMITS["cuda"].share * 10 * GB < (rows + 1) * row
 
 
 def test_a_micro_batch_is_halved_until_it_fits() -> None:

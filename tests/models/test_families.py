@@ -28,7 +28,7 @@ from distill.training import adapters
 from distill.training.student import make_student
 from tests.support.fake_hub import FakeHub, fake_hub, use_hub
 from tests.support.families import FAMILIES, make_family
-from tests.support.training import equal, examples, gradients, killed_at
+from tests.support.training import equal, examples, gradients, killed_at, plain_step
 
 # What LoRA cannot adapt there, since it is no linear module
 LEFT = {
@@ -153,15 +153,7 @@ def test_a_step_is_that_of_plain_transformers(family: str, folders: dict[str, Pa
     for name, parameter in adapters.parameters(wrapped).items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    total = 0.0
-    for example in examples():
-        ids = torch.tensor([example.input_ids])
-        logits = wrapped(input_ids=ids, use_cache=False).logits[0, :-1].double()
-        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-        loss = (losses * torch.tensor(example.weights[1:])).sum()
-        loss.backward()
-        total += float(loss.detach())
-    expected = gradients(wrapped)
+    total, expected = plain_step(wrapped)
     wrapped.zero_grad()
     adapters.adapt(wrapped)
     student, _ = make_student(wrapped, fused=True)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import main
 from distill.config.learning import Student
-from distill.config.values import Trust
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.weights import require_values
@@ -146,15 +145,6 @@ def test_shards_are_looked_at_too(tiny: Path, tmp_path: Path) -> None:
     edit(shard, without(UP))
     for call in (loading.check_model, loading.load_model):
         assert f"lacks {UP}" in refused(call, str(folder))
-
-
-def test_pickled_weights_are_looked_at_too(tiny: Path, tmp_path: Path) -> None:
-    folder = copied(tiny, tmp_path / "m")
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save({name: t for name, t in tensors.items() if name != UP}, folder / "pytorch_model.bin")
-    for call in (loading.check_model, loading.load_model):
-        assert f"lacks {UP}" in refused(call, str(folder), trust=Trust(pickle=True))
 
 
 def test_zeros_where_they_belong() -> None:

@@ -101,6 +101,19 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: gradient(p).clone() for name, p in adapters.parameters(model).items()}
 
 
+def plain_step(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return loss and gradients by transformers and PEFT alone, one sample at a time."""
+    total = 0.0
+    for example in examples():
+        ids = torch.tensor([example.input_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        loss = (losses * torch.tensor(example.weights[1:])).sum()
+        loss.backward()
+        total += float(loss.detach())
+    return total, gradients(model)
+
+
 def sharpen(folder: Path) -> None:
     """Scale a tiny model's weights: its distributions are peaked and hang on what came before."""
     path = folder / "model.safetensors"

@@ -213,15 +213,6 @@ def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
     assert error.value.code == Exit.TEACHER and not run.path("signals.json").exists()
 
 
-def test_the_probe_is_paid_once(tmp_path):
-    make_soft_run(tmp_path)
-    with FakeTeacher(Writer(tmp_path / "teacher")) as server:
-        run = make_answered(tmp_path, server.url)
-        for _ in range(2):
-            server_logprobs.probe(run.config, load_tokenizer(str(tmp_path / "teacher")))
-    assert len(server.payloads) == 1 and server.payloads[0]["max_tokens"] <= 32
-
-
 def place(
     token: str, data: list[int] | None = None, top: tuple[Candidate, ...] = ()
 ) -> TokenLogprob:

@@ -75,15 +75,6 @@ def test_equals_each_sample_alone(lengths, groups, block, kept):
         compare(attend, lengths, groups)
 
 
-@pytest.mark.parametrize("kind", ["sliding_window", "softcap"])
-def test_other_kinds_of_attention_are_refused(kind):
-    row = torch.zeros(1, 2, 3, SIZE)
-    with pytest.raises(ValueError):
-        attention.packed_attention(
-            torch.nn.Identity(), row, row, row, None, segments=[Segment(0, 3)], **{kind: 4}
-        )
-
-
 def test_a_shared_prefix_gives_the_same_as_each_sample_with_its_own():
     prefix, tails = 5, (3, 9)
     shared = [Segment(0, 5), Segment(5, 8, ((0, 5),)), Segment(8, 17, ((0, 5),))]

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.training.batches import (
-    SHORTEST_PREFIX,
     learning_rate,
     micro_batches,
     order,
@@ -42,11 +41,6 @@ def test_steps_are_about_as_large_as_asked(lengths, tokens):
         sum(lengths[i] for i in step.samples) for step in plan_steps(lengths, 0, tokens, 1, None)
     ]
     assert max(sizes) <= 1.5 * tokens + 300
-
-
-def test_epochs_differ_and_repeat():
-    assert order(50, 1, 0).tolist() != order(50, 1, 1).tolist()
-    assert order(50, 1, 1).tolist() == order(50, 1, 1).tolist()
 
 
 def test_max_steps_decide_into_further_epochs_and_a_share_of_an_epoch_is_one_of_its_steps():
@@ -116,8 +110,3 @@ def test_what_all_begin_with_is_there_once_and_what_some_share_too():
     row = pack(samples, [31, 30, 21], sharing=True)
     assert len(row.ids) == 20 + 10 + 2 + 1 + 2
     assert [s.position() for s in row.segments] == [0, 20, 30, 30, 20]
-
-
-def test_short_beginnings_are_not_worth_it():
-    samples = [[1] * (SHORTEST_PREFIX - 1) + [n] for n in (2, 3)]
-    assert len(pack(samples, [8, 8], sharing=True).ids) == 2 * SHORTEST_PREFIX

@@ -388,6 +388,8 @@ def test_ids_that_no_text_has_and_what_cannot_be_are_not_listed():
     assert signal.ids_E.tolist() == [0, 1] and signal.tail_mass_N == pytest.approx([0.3], abs=1e-6)
     over = Signal.from_lists([place(0.6, 0.4000003)], Signals(), 300)
     assert over.tail_mass_N.tolist() == [0]
+    with pytest.raises(ValueError, match="--logprobs-mode raw_logprobs"):
+        Signal.from_lists([place(0.9, 0.8)], Signals(), 300)
 
 
 GOOD: list[Any] = [None, {"5": {"logprob": -0.1, "rank": 1, "decoded_token": "a"}}]
@@ -421,22 +423,3 @@ def test_a_reply_that_cannot_be_read_says_why(given, message):
     assert server_logprobs.prompt_logprobs(whole, (3, 5))[1] == {
         5: {"logprob": -0.1, "decoded_token": "a"}
     }
-
-
-def test_probabilities_of_more_than_one_are_refused_with_the_server_s_flag():
-    with pytest.raises(ValueError, match="--logprobs-mode raw_logprobs"):
-        Signal.from_lists([place(0.9, 0.8)], Signals(), 300)
-
-
-def test_tokens_are_held_against_the_tokenizer_but_for_parts_of_characters():
-    tokenizer: Any = make_tokenizer()
-    ids = tokenizer("plain text with an é", add_special_tokens=False)["input_ids"]
-    places = [{}, *({i: {"logprob": 0.0, "decoded_token": tokenizer.decode([i])}} for i in ids[1:])]
-    server_logprobs.require_tokens(tokenizer, places, ids)
-    server_logprobs.require_tokens(tokenizer, [{}, *({i: {"logprob": 0.0}} for i in ids[1:])], ids)
-    with pytest.raises(ValueError, match="its tokenizer is another"):
-        server_logprobs.require_tokens(
-            tokenizer,
-            [{}, *({i: {"logprob": 0.0, "decoded_token": "other"}} for i in ids[1:])],
-            ids,
-        )
