@@ -4,12 +4,35 @@ The frozen head is applied at supervised positions only, a block of them at a ti
 a batch never exist; what follows is float32, a strip of a block at a time, and makes the gradient
 of the hidden states in the forward pass.
 
-Shape suffixes: S supervised positions, R those of a block or strip, D hidden size, V vocabulary, P
-parts of a loss.
+P is the teacher's distribution of the next token, Q the student's, both at the loss's temperature
+T: softmax(z / T).
+
+    forward_kl   KL(P || Q)
+    reverse_kl   KL(Q || P)
+    jsd          beta KL(P || M) + (1 - beta) KL(Q || M), M = beta P + (1 - beta) Q
+                 (GKD, arXiv 2306.13649)
+    skew_kl      KL(P || alpha P + (1 - alpha) Q)             (DistiLLM, arXiv 2402.03898)
+
+Each is multiplied by T^2, so that its gradient keeps its size whatever T is (arXiv 1503.02531);
+`ce`, the cross-entropy of the tokens, is always at temperature 1 and over the student's entire
+head. All are in nats.
+
+A cached list covers the teacher's top-k tokens only. All others are one more outcome on both sides,
+the tail, of P's exact tail mass and Q's mass of everything unlisted. Merging outcomes never adds to
+an f-divergence, as these four are, so the cached value is a lower bound of the live one. Within the
+tail Q keeps its own proportions: all unlisted tokens move together. A list of samples leaves
+nothing to the tail, and at temperature 1 forward KL's gradient, Q - P, is unbiased.
+
+Shape suffixes: S supervised positions, R those of a block or strip, D hidden size (of Live the
+teacher's), V vocabulary, P parts of a loss, N positions with soft targets, M entries of their
+lists, O outcomes: a vocabulary, or the tail and a list.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +41,9 @@ from torch.nn.functional import linear
 from distill.models.arithmetic import BLOCK_BYTES, STRIP_BYTES, logit_rows
 from distill.models.devices import kind, send
 
+FLOOR = -80.0  # log-probability of what cannot happen: finite, its exp negligible but no denormal
+LEAST_TAIL = 2.0**-24  # a tail mass of 0 is one below float32's resolution
+TINY = torch.finfo(torch.float32).tiny
 # Of the positions of a strip, the student's logits there (R, V) and a live teacher's (else the same
 # again), returns the values (P, R) of a loss's parts, and overwrites the student's with the loss's
 # gradient by them.
@@ -140,3 +166,227 @@ def evaluate_targets(
         hits.append(logits_RV.argmax(-1) == targets_R)
         losses += [score_tokens(logits_RV[part], targets_R[part])[0] for part in _strips(logits_RV)]
     return torch.cat(losses), torch.cat(hits)
+
+
+class SoftTargets(NamedTuple):
+    """The teacher's top tokens at N supervised positions, lists of various lengths, and the tails.
+
+    Position n has the entries `offsets_N1[n]` up to `offsets_N1[n + 1]`, which are on the host; no
+    id stands twice in a list. `logprobs_M` are natural logarithms at temperature 1, normalised so
+    that a list and its `tail_mass_N` sum to 1. `tail_N` is log sum exp(logprob / T) over the
+    unlisted tokens, for the one temperature T of the loss (None: only T = 1, where it is the log of
+    the tail mass).
+    """
+
+    ids_M: Tensor
+    logprobs_M: Tensor
+    offsets_N1: Tensor
+    tail_mass_N: Tensor
+    tail_N: Tensor | None = None
+
+
+class Live(NamedTuple):
+    """A teacher in memory: its last hidden states at the N supervised positions, and its head.
+
+    `vocabulary` is how many ids the tokenizer makes: both models' heads are cut to it, for each is
+    padded in its own way.
+    """
+
+    hidden_ND: Tensor
+    head_VD: Tensor
+    vocabulary: int
+    bias_V: Tensor | None = None
+
+    def logits(self, block: slice) -> Tensor:
+        """Return the logits (R, V) of some positions."""
+        bias_V = None if self.bias_V is None else self.bias_V[: self.vocabulary]
+        return linear(self.hidden_ND[block], self.head_VD[: self.vocabulary], bias_V)
+
+
+class Distribution(NamedTuple):
+    """Probabilities (R, O) and their logarithms, in float32."""
+
+    probs: Tensor
+    logs: Tensor
+
+
+# Of P and Q, the values (R,) and their gradients by the logits of Q (R, O).
+Divergence = Callable[[Distribution, Distribution], tuple[Tensor, Tensor]]
+
+
+def forward_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
+    """Return KL(P || Q) and its gradient, Q - P."""
+    values = torch.linalg.vecdot(teacher.probs, teacher.logs - student.logs)
+    return values, student.probs - teacher.probs
+
+
+def reverse_kl(teacher: Distribution, student: Distribution) -> tuple[Tensor, Tensor]:
+    """Return KL(Q || P) and its gradient, Q (log Q / P - KL)."""
+    gap = student.logs - teacher.logs
+    values = torch.linalg.vecdot(student.probs, gap)
+    return values, gap.sub_(values[:, None]).mul_(student.probs)
+
+
+def jsd(teacher: Distribution, student: Distribution, beta: float) -> tuple[Tensor, Tensor]:
+    """Return the generalised JSD and its gradient, (1 - beta) Q (log Q / M - KL(Q || M))."""
+    (p, log_p), (q, log_q) = teacher, student
+    mixed = torch.lerp(q, p, beta).clamp_min_(TINY).log_()
+    gap = log_q - mixed
+    back = torch.linalg.vecdot(q, gap)
+    values = beta * torch.linalg.vecdot(p, mixed.neg_().add_(log_p)) + (1 - beta) * back
+    return values, gap.sub_(back[:, None]).mul_(q).mul_(1 - beta)
+
+
+def skew_kl(teacher: Distribution, student: Distribution, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return KL(P || M), M = alpha P + (1 - alpha) Q, and its gradient.
+
+    That is Q sum(A) - A with A = (1 - alpha) P Q / M.
+    """
+    (p, log_p), q = teacher, student.probs
+    mixed = torch.lerp(q, p, alpha).clamp_min_(TINY)
+    moved = (p * q).div_(mixed).mul_(1 - alpha)
+    values = torch.linalg.vecdot(p, mixed.log_().neg_().add_(log_p))
+    return values, (q * moved.sum(1, keepdim=True)).sub_(moved)
+
+
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "skew_kl": skew_kl}
+
+
+class Mixture(NamedTuple):
+    """What a loss mixes: the weight of the cross-entropy, and the divergences with theirs."""
+
+    hard: float
+    divergences: tuple[tuple[float, Divergence], ...]
+    temperature: float
+
+    def diverge(self, teacher: Distribution, student: Distribution) -> tuple[list[Tensor], Tensor]:
+        """Return each divergence's values, T^2 included, and their gradient by the logits."""
+        grad, values = torch.zeros_like(student.probs), []
+        for weight, divergence in self.divergences:
+            value, gradient = divergence(teacher, student)
+            values.append(value * self.temperature**2)
+            grad.add_(gradient, alpha=weight * self.temperature)  # T^2, and d(z / T) / dz
+        return values, grad
+
+
+def soft_loss(
+    hidden_SD: Tensor,
+    head_VD: Tensor,
+    targets_S: Tensor,
+    weights_S: Tensor,
+    soft: SoftTargets | Live,
+    mix: Mapping[str, float],
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    bias_V: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the weighted sum of a mixed loss, the sum of weights, and each part's weighted sum.
+
+    `mix` gives each part's weight, such as {"ce": 0.5, "forward_kl": 0.5}; the parts' sums are
+    before it. Raises ValueError for targets of other positions, or lists without a tail for a
+    temperature other than 1.
+    """
+    positions = len(soft.hidden_ND if isinstance(soft, Live) else soft.tail_mass_N)
+    if not len(hidden_SD) == len(targets_S) == positions:
+        raise ValueError(f"{len(hidden_SD)} positions, but soft targets of {positions}")
+    measure = soft_measure(soft, targets_S, mix, beta, alpha, temperature)
+    parts = {name: mix[name] for name in ("ce", *DIVERGENCES) if mix.get(name)}
+    teacher = soft.logits if isinstance(soft, Live) else None
+    inputs = (hidden_SD, head_VD, weights_S, bias_V, chunk, teacher)
+    total, count, parts_P = apply_at_head(measure, tuple(parts.values()), *inputs)
+    return total, count, dict(zip(parts, parts_P.unbind(), strict=True))
+
+
+def soft_measure(
+    soft: SoftTargets | Live,
+    targets_S: Tensor,
+    mix: Mapping[str, float],
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+) -> Measure:
+    """Return what measures logits by a mix of cross-entropy and divergences, as `soft_loss`."""
+    settings = {"jsd": {"beta": beta}, "skew_kl": {"alpha": alpha}}
+    divergences = [(n, partial(f, **settings.get(n, {}))) for n, f in DIVERGENCES.items()]
+    weighted = tuple((mix[name], divergence) for name, divergence in divergences if mix.get(name))
+    mixture = Mixture(mix.get("ce", 0.0), weighted, temperature)
+    if isinstance(soft, Live):
+        return partial(_measure_live, mixture, targets_S)
+    return _cached_measure(mixture, soft, targets_S)
+
+
+def _measure_live(
+    mixture: Mixture, targets_S: Tensor, positions: slice, logits_RV: Tensor, teacher_RV: Tensor
+) -> Tensor:
+    """Measure logits against a teacher's, over the ids that the tokenizer makes."""
+    both, V, T = list[Distribution](), teacher_RV.shape[1], mixture.temperature
+    for z_RV in (teacher_RV, logits_RV[:, :V]):
+        probs_RV, sums_R1 = normalise(z_RV, T)
+        both.append(Distribution(probs_RV, (z_RV if T == 1 else z_RV.float() / T) - sums_R1))
+    values, grad_RV = mixture.diverge(*both)
+    if mixture.hard:
+        value, gradient = score_tokens(logits_RV, targets_S[positions])
+        values.insert(0, value)
+        gradient.mul_(mixture.hard)[:, :V] += grad_RV
+        logits_RV.copy_(gradient)
+    else:
+        logits_RV[:, :V] = grad_RV
+        logits_RV[:, V:] = 0
+    return torch.stack(values)
+
+
+def _cached_measure(mixture: Mixture, soft: SoftTargets, targets_S: Tensor) -> Measure:
+    """Return what measures logits against lists.
+
+    A strip's table of outcomes (R, O) has the tail in column 0, then the list, and -inf where a
+    list is shorter than the longest. At temperature 1 the cross-entropy comes from it too.
+    """
+    hard, temperature = mixture.hard, mixture.temperature
+    tails_N = soft.tail_mass_N.clamp_min(LEAST_TAIL).log() if temperature == 1 else soft.tail_N
+    if tails_N is None:
+        raise ValueError(f"the tails were not captured at temperature {temperature}")
+    tails_N, teacher_logits_M = tails_N.float(), soft.logprobs_M.float() / temperature
+    # on the host, for asking a GPU for them would wait for all that it has yet to do
+    offsets_N1 = soft.offsets_N1.cpu()
+    rows_all, offsets = torch.repeat_interleave(offsets_N1.diff()), offsets_N1.tolist()
+    columns_all = torch.arange(len(rows_all)) - offsets_N1[rows_all] + 1
+    rows_all, columns_all = (send(t, soft.ids_M.device) for t in (rows_all, columns_all))
+
+    def measure(positions: slice, logits_RV: Tensor, _: Tensor) -> Tensor:
+        bounds, targets_R = offsets[positions.start : positions.stop + 1], targets_S[positions]
+        listed, longest = slice(bounds[0], bounds[-1]), max(b - a for a, b in pairwise(bounds))
+        rows_M, columns_M = rows_all[listed] - positions.start, columns_all[listed]
+        ids_M = soft.ids_M[listed]
+
+        def table(logs_M: Tensor, tails_R: Tensor) -> Distribution:
+            table_RO = logs_M.new_full((len(tails_R), longest + 1), -inf)
+            table_RO[:, 0] = tails_R
+            table_RO[rows_M, columns_M] = logs_M
+            logs_RO = torch.log_softmax(table_RO, -1).clamp_min(FLOOR)
+            return Distribution(logs_RO.exp(), logs_RO)
+
+        apart = score_tokens(logits_RV, targets_R) if temperature != 1 and hard else None
+        probs_RV, sums_R1 = normalise(logits_RV, temperature)
+        logs_M = logits_RV[rows_M, ids_M].float() / temperature - sums_R1[rows_M, 0]
+        probs_RV[rows_M, ids_M] = 0  # from here on those of the unlisted tokens
+        tails_R = probs_RV.sum(1)
+        student = table(logs_M, tails_R.log())
+        teacher = table(teacher_logits_M[listed], tails_N[positions])
+        values, grad_RO = mixture.diverge(teacher, student)
+        if hard and not apart:
+            values.insert(0, (sums_R1 - logits_RV.gather(1, targets_R[:, None])).squeeze(1))
+            grad_RO.add_(student.probs, alpha=hard)
+        # The tail's gradient is shared out among the unlisted tokens in proportion.
+        grad_RV = probs_RV.mul_((grad_RO[:, 0] / tails_R.clamp_min(TINY))[:, None])
+        grad_RV[rows_M, ids_M] = grad_RO[rows_M, columns_M]
+        if hard and not apart:
+            grad_RV[torch.arange(len(targets_R), device=grad_RV.device), targets_R] -= hard
+        elif apart:
+            values.insert(0, apart[0])
+            grad_RV.add_(apart[1], alpha=hard)
+        logits_RV.copy_(grad_RV)
+        return torch.stack(values)
+
+    return measure

@@ -19,9 +19,8 @@ from distill.models.arithmetic import READ_TOKENS
 from distill.models.devices import raise_device_error, release_memory, send
 from distill.training.attention import NAME, why_apart
 from distill.training.batches import Example, Segment, micro_batches, pack, padded_batches
-from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.fused_layers import fuse
-from distill.training.losses import cross_entropy, evaluate_targets
+from distill.training.losses import Live, SoftTargets, cross_entropy, evaluate_targets, soft_loss
 
 if TYPE_CHECKING:  # what learns needs torch and PEFT alone
     from transformers import PreTrainedTokenizerBase

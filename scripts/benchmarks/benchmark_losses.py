@@ -29,8 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill.training.divergences import Live, SoftTargets, soft_loss
-from distill.training.losses import cross_entropy
+from distill.training.losses import Live, SoftTargets, cross_entropy, soft_loss
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPREAD = 3.0  # standard deviation of the logits, in nats

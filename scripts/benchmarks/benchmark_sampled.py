@@ -38,14 +38,14 @@ from distill.storage.files import write_json
 from distill.storage.progress import tracking
 from distill.storage.run_folder import open_run
 from distill.training.batches import Example, micro_batches
-from distill.training.divergences import Live, SoftTargets, soft_loss
 from distill.training.encode import encode_pair
+from distill.training.losses import Live, SoftTargets, soft_measure
 from distill.training.soft_labels.cache import Signal, sample_offsets, supervised_ids
 from distill.training.soft_labels.capture import read_head, select, to_signal
 from distill.training.soft_labels.labels import CachedLabels
 from distill.training.student import StudentModel, make_student
 
-RANK, PARTS = 16, 8
+RANK, PARTS, ROWS = 16, 8, 32
 
 
 class Reading(NamedTuple):
@@ -111,16 +111,15 @@ def gradient(reading: Reading, head_VD: Tensor, soft: SoftTargets | Live, part: 
     tokens."""
     make = torch.Generator().manual_seed(0)
     down = torch.randn(reading.student_ND.shape[1], RANK, generator=make)
-    hidden_SD = reading.student_ND[part].float()
-    up_VR = torch.zeros(len(head_VD), RANK, requires_grad=True)
-    wide, heads = torch.cat([hidden_SD, hidden_SD @ down], 1), (head_VD, up_VR)
-    weights_S = torch.ones(len(hidden_SD))
-    total, *_ = soft_loss(
-        wide, heads, reading.targets_N[part], weights_S, soft, {"forward_kl": 1.0}
-    )
-    total.backward()
-    assert up_VR.grad is not None
-    return up_VR.grad
+    hidden_SD, up_VR = reading.student_ND[part].float(), torch.zeros(len(head_VD), RANK)
+    measure = soft_measure(soft, reading.targets_N[part], {"forward_kl": 1.0})
+    for start in range(0, len(hidden_SD), ROWS):
+        rows = slice(start, min(start + ROWS, len(hidden_SD)))
+        logits_RV = torch.nn.functional.linear(hidden_SD[rows], head_VD)
+        teacher_RV = soft.logits(rows) if isinstance(soft, Live) else logits_RV
+        measure(rows, logits_RV, teacher_RV)  # leaves the gradient in the place of the logits
+        up_VR += logits_RV.t() @ (hidden_SD[rows] @ down)
+    return up_VR
 
 
 def targets(signal: Signal) -> SoftTargets:

@@ -35,8 +35,7 @@ from distill.pipeline import STAGES
 from distill.responders.local.local_model import sample_ids, seeded
 from distill.storage.run_folder import differences
 from distill.training import adapters, attention, checkpoint, prepare, student, train
-from distill.training.divergences import Live, soft_loss
-from distill.training.losses import cross_entropy
+from distill.training.losses import Live, cross_entropy, soft_loss
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal
 from distill.training.soft_labels.capture import read_head, select

@@ -11,7 +11,7 @@ from distill.errors import DistillError, Exit
 from distill.records import Message
 from distill.storage.files import read_json, write_records
 from distill.storage.run_folder import Run
-from distill.training.divergences import SoftTargets, soft_loss
+from distill.training.losses import SoftTargets, soft_loss
 from distill.training.soft_labels import cache as signal_cache
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal, SignalCache, SignalKey, sample_offsets

@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.config.learning import SOFT, Loss
 from distill.models import arithmetic
-from distill.training.divergences import Live, SoftTargets, soft_loss
-from distill.training.losses import cross_entropy
+from distill.training.losses import Live, SoftTargets, cross_entropy, soft_loss
 from tests.support.training import gradient
 
 ROWS, WIDTH, WIDER, WORDS = 23, 12, 20, 101

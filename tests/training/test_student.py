@@ -11,9 +11,9 @@ from transformers import Gemma2Config, MistralConfig
 from distill.config.learning import Loss
 from distill.errors import DistillError, Exit
 from distill.records import AnswerLoss
-from distill.training.divergences import Live
 from distill.training.encode import encode_pair
 from distill.training.fused_layers import fusible
+from distill.training.losses import Live
 from distill.training.student import Batch, answer_loss, make_student
 from tests.support.tiny import make_tiny, make_tokenizer
 from tests.support.training import (

@@ -28,8 +28,8 @@ from distill.storage.files import read_json, read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import MODEL_FILE, Run, differences
 from distill.training.batches import Example
-from distill.training.divergences import Live, SoftTargets
 from distill.training.encode import SPLITS, encode_pair, encode_split
+from distill.training.losses import Live, SoftTargets
 from distill.training.soft_labels import cache
 from distill.training.soft_labels.cache import TEXT_ONLY, Signal, SignalKey, supervised_ids
 from distill.training.student import StudentModel, make_student
@@ -211,17 +211,19 @@ def open_teacher(config: Config) -> tuple[PreTrainedTokenizerBase, Facts]:
         where = f"teacher {teacher.model} and student {student.model}"
         what = "have different tokenizers: distributions of one mean nothing to the other"
         raise DistillError(Exit.CONFIG, where, what, TEXT_ONLY)
-    facts: Facts = {**settings.shape, "vocabulary": vocabulary}
-    facts["template"] = template_hash(tokenizer, config.template_date)
+    facts: Facts = dict(settings.shape)
     if isinstance(teacher, EndpointTeacher):
-        body = teacher.extra_body if settings.endpoint or settings.from_answers else {}
         facts |= {"endpoint": teacher.base_urls[0], "served": teacher.model}
         facts |= {"from_answers": True} if settings.from_answers else {}
-        return tokenizer, facts | {"revision": teacher.revision, "extra_body": body}
-    assert isinstance(teacher, LocalTeacher)
-    facts |= {"weights": registry.identity(teacher.model, teacher.revision)}
-    facts |= registry.folder_facts("weights", teacher.model)
-    return tokenizer, facts | {"dtype": str(pick_dtype(teacher.dtype)).removeprefix("torch.")}
+        body = teacher.extra_body if settings.endpoint or settings.from_answers else {}
+        facts |= {"revision": teacher.revision, "extra_body": body}
+    else:
+        assert isinstance(teacher, LocalTeacher)
+        facts["weights"] = registry.identity(teacher.model, teacher.revision)
+        facts |= registry.folder_facts("weights", teacher.model)
+        facts["dtype"] = str(pick_dtype(teacher.dtype)).removeprefix("torch.")
+    template = template_hash(tokenizer, config.template_date)
+    return tokenizer, {**facts, "template": template, "vocabulary": vocabulary}
 
 
 def cache_name(facts: Facts) -> str:
