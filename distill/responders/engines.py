@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import httpx2
 
@@ -201,18 +201,23 @@ class EngineServer:
             raise self.failure(f"does not answer: {one_line(error)}") from None
 
     def responder(
-        self, model: str, concurrency: int, extra_body: Mapping[str, object], **settings: Any
+        self,
+        model: str,
+        concurrency: int,
+        extra_body: Mapping[str, object],
+        api: Literal["chat", "completions"] = "chat",
     ) -> EndpointResponder:
-        """Return what asks it for `model`, without a price; `settings` are those of an endpoint."""
+        """Return what asks it for `model`, without a price."""
         endpoint = EndpointTeacher(
             kind="endpoint",
             model=model,
             base_url=self.url,
+            api=api,
             concurrency=concurrency,
             read_timeout=3600,
             total_timeout=3600,
+            max_retries=2,
             extra_body=dict(extra_body),
-            **settings,
         )
         responder = EndpointResponder(endpoint)
         responder.key = self.key

@@ -104,9 +104,7 @@ class EngineResponder:
             return
         server = self.serve(context_for(longest, self.most))
         fields = self.sampled_from_all()
-        responder = server.responder(
-            self.model, self.concurrency, fields, api="completions", max_retries=2
-        )
+        responder = server.responder(self.model, self.concurrency, fields, "completions")
         try:
             for raw in responder.ask(prompts):
                 if raw.error and "sha256" not in raw.body:
