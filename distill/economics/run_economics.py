@@ -134,7 +134,7 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     )
     quality = Difference(mean=None, reason=NOT_MEASURED)
     if overall:
-        counts = {"n": overall.n, "documents": overall.documents}
+        counts = {"n": overall.n, "clusters": overall.documents or 0}
         quality = overall.student_minus_teacher.model_copy(update=counts)
     certainty = Certainty(settings.confidence, settings.bootstrap_samples, run.config.seed)
     saved = economics(requests, assumed, certainty, price, quality)

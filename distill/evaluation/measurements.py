@@ -7,7 +7,7 @@ what they lack has a default, and unknown keys are ignored. Only fields that wer
 
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AliasChoices, ConfigDict, Field, field_validator
 
 from distill.evaluation.statistics import Conclusion, Discordant, Estimate, Noninferiority, conclude
 from distill.formatting import plain_numbers
@@ -38,15 +38,13 @@ class Claim(CardRecord):
     verdict: Noninferiority
 
 
-class Difference(CardRecord):
+class Difference(Estimate):
     """A paired difference with its interval and, of shares that pass, what it allows to claim."""
 
-    mean: float | None = None
-    low: float | None = None
-    high: float | None = None
-    reason: str | None = None
-    n: int | None = None  # stated where the difference stands apart from its row
-    documents: int | None = None
+    model_config = ConfigDict(extra="ignore", populate_by_name=True, serialize_by_alias=True)
+
+    value: float | None = Field(default=None, alias="mean")
+    clusters: int = Field(default=0, validation_alias=AliasChoices("clusters", "documents"))
     smallest_visible: float | None = None
     reasons: dict[str, str] = {}
     mcnemar: Discordant | None = None
@@ -55,14 +53,13 @@ class Difference(CardRecord):
     @classmethod
     def of(cls, estimate: Estimate) -> Self:
         """Return an estimate as the scorecard holds it."""
-        low, high = estimate.ends
-        return cls(mean=estimate.value, low=low, high=high, reason=estimate.reason)
+        return cls.model_validate(dict(estimate))
 
-    def conclude(self, n: int | None = None, documents: int | None = None) -> Conclusion:
-        """Decide the difference, which is over `n` items of some documents."""
+    def conclude(self, documents: int | None = None, n: int | None = None) -> Conclusion:
+        """Decide the difference; an old scorecard has its items and documents beside it."""
         p = self.mcnemar.p if self.mcnemar else None
-        n, documents = n or self.n, documents or self.documents
-        return conclude(self.low, self.high, documents, p, n, self.reason)
+        documents, n = documents or self.clusters or None, n or self.n or None
+        return conclude(*self.ends, documents, p, n, self.reason)
 
 
 class CountedAgainst(CardRecord):
@@ -102,7 +99,7 @@ class MetricRow(CardRecord):
 
     def conclude(self, rival: Rival) -> Conclusion:
         """Decide whether the student is better than a rival."""
-        return self.against(rival).conclude(self.n, self.documents)
+        return self.against(rival).conclude(self.documents, self.n)
 
 
 class AnswerLengths(CardRecord):

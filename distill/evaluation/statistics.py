@@ -91,7 +91,7 @@ class Estimate(Record):
         value, low, high = (None if x is None else x * factor + plus for x in (self.value, *ends))
         return self.model_copy(update={"value": value, "low": low, "high": high})
 
-    def conclude(self, documents: int | None) -> Conclusion:
+    def conclude(self, documents: int | None = None) -> Conclusion:
         """Decide whether it is above 0 ("better"), by the rule of all claims."""
         return conclude(*self.ends, documents=documents, why_no_interval=self.reason)
 

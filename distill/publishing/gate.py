@@ -27,12 +27,12 @@ def evidence(card: Scorecard) -> list[DistillError]:
         fix = "--redo corpus, which takes them out"
         findings.append(DistillError(Exit.PUBLISH, "contamination", what, fix))
     row = card.overall or MetricRow()
-    mean = row.student_minus_base.mean
+    mean = row.student_minus_base.value
     if mean is not None:
         worse, what = mean < 0, f"{signed(100 * mean, 1)} points over all checks"
     else:
         row = card.agreement.get("nats_per_token", MetricRow())
-        mean = row.student_minus_base.mean or 0.0
+        mean = row.student_minus_base.value or 0.0
         worse, what = mean > 0, f"{signed(mean, 3)} nats a token on the teacher's answers"
     if worse:
         decided = row.conclude("base")

@@ -87,7 +87,7 @@ class FileParity(Record):
 
     def points(self) -> str:
         """Return the difference in points, with its interval."""
-        ends = (self.difference.mean, self.difference.low, self.difference.high)
+        ends = (self.difference.value, *self.difference.ends)
         return estimate(*ends, lambda x: signed(100 * x, 1))
 
 

@@ -4,7 +4,7 @@ A figure stands with its interval; what is not known is a dash, and its reason i
 scorecard's `reasons`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import ceil
 
 from distill.evaluation import measurements, scorecard
@@ -46,7 +46,7 @@ def difference_cell(
 ) -> str:
     """Write a difference in points, chrF or nats, with its interval."""
     scale, digits = (1, 3) if metric.startswith("loss") else (1 if metric == "chrF" else 100, 1)
-    ends = (difference.mean, difference.low, difference.high)
+    ends = (difference.value, *difference.ends)
     undecided = conclusion.verdict == "undecided"
     return estimate(*ends, lambda x: signed(scale * x, digits), unit, undecided)
 
@@ -71,9 +71,9 @@ def verdict(value: float | None, reason: str, metric: str) -> str:
     return f"{share(value) if 0 < value < 1 else '✓' if value else '✗'} {reason}"
 
 
-def rate(difference: Difference) -> str:
-    """Write a share with its interval."""
-    return estimate(difference.mean, difference.low, difference.high, share)
+def interval(number: Estimate, form: Callable[[float], str] = share, unit: str = "") -> str:
+    """Write a number, a share if nothing else is said, with its interval."""
+    return estimate(number.value, *number.ends, form, unit)
 
 
 def span(amount: Estimate, documents: int | None, unit: str = "") -> str:
@@ -100,7 +100,7 @@ def metric_rows(rows: Mapping[str, MetricRow]) -> TextTable:
     lines = []
     for label, row in rows.items():
         ratio, decided = row.gap_recovered, row.conclude("base").verdict != "undecided"
-        known = row.student_minus_base.mean is None or decided
+        known = row.student_minus_base.value is None or decided
         gap = estimate(ratio.value, ratio.low, ratio.high, share, undecided=not known)
         scores = (score(row.mean(model), row.metric) for model in MODELS)
         changes = (change(row, rival) for rival in RIVALS)
@@ -162,7 +162,7 @@ def claim_rows(card: Scorecard) -> TextTable:
                 f"{claim.verdict} ({share(claim.margin)})" if claim else UNKNOWN,
                 row.conclude(rival).verdict,
             )
-            if difference.mean is not None:
+            if difference.value is not None:
                 lines.append(cells)
     return head, lines
 
@@ -215,8 +215,8 @@ def judge_rows(result: measurements.JudgeResult) -> TextTable:
         row = result.against(rival)
         counts = (count(number) for number in (row.wins, row.ties, row.losses, row.unparsed))
         near = row.length_matched or measurements.DuelRow()
-        matched = (share(row.flip_rate), rate(near.win_rate), count(near.n))
-        rows.append((rival, count(row.n), rate(row.win_rate), *counts, *matched))
+        matched = (share(row.flip_rate), interval(near.win_rate), count(near.n))
+        rows.append((rival, count(row.n), interval(row.win_rate), *counts, *matched))
     return head, rows
 
 

@@ -132,7 +132,7 @@ def test_verdicts_are_counted_by_what_they_say() -> None:
     row = row_of_duels(duels, judge(duels, thinks(mind), "base"), FEW)
     assert (row.wins, row.losses, row.unparsed) == (20, 10, 10)
     rate = row.win_rate
-    assert rate.mean == pytest.approx(2 / 3) and rate.low and rate.high
+    assert rate.value == pytest.approx(2 / 3) and rate.low and rate.high
     assert rate.low < 2 / 3 < rate.high
     (cut_off,) = judge(duels[:1], thinks(lambda a, b: says("A"), "length"), "base")
     assert cut_off.value is None and cut_off.answer == "-/-"
@@ -141,7 +141,7 @@ def test_verdicts_are_counted_by_what_they_say() -> None:
     duels = [duel(str(k), "a" * (100 if k % 2 else 300), "b" * 100) for k in range(40)]
     row = row_of_duels(duels, judge(duels, thinks(longest), "base"), FEW)
     near = row.length_matched
-    assert row.win_rate.mean == 0.75 and near and near.n == 20 and near.win_rate.mean == 0.5
+    assert row.win_rate.value == 0.75 and near and near.n == 20 and near.win_rate.value == 0.5
 
 
 def test_an_answer_cannot_close_its_marks() -> None:
@@ -238,5 +238,5 @@ def test_a_judge_that_failed_its_probes_says_nothing(tmp_path: Path, items: list
         ask(run, items)
         assert "an empty phrase win" in (probed(run.config).reason or "")
     result, verdicts = read_judge(run, items, answers(items), FEW)
-    assert result and not verdicts and result.teacher.win_rate.mean is None
+    assert result and not verdicts and result.teacher.win_rate.value is None
     assert "an empty phrase win" in (result.teacher.win_rate.reason or "")

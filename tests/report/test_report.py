@@ -318,7 +318,7 @@ def test_missing_answers_are_shown_both_ways_and_too_many_stop() -> None:
     assert row.unscored == 1 and row.student == 1.0
     counted = row.if_missing_counts_against_student
     assert counted and counted.student == pytest.approx(29 / 30)
-    assert counted.student_minus_teacher.mean == pytest.approx(-1 / 30)
+    assert counted.student_minus_teacher.value == pytest.approx(-1 / 30)
     del answers["student"][items[1].id], answers["student"][items[2].id]
     with pytest.raises(DistillError) as caught:
         results.row_of(measure_items(items, answers, checker, "correct"), Certainty(samples=200))

@@ -96,7 +96,7 @@ def savings(documents: int) -> Economics:
 def test_few_documents_leave_sentence_table_gap_and_gate_undecided() -> None:
     few, many = row(4), row(24)
     change = few.student_minus_base
-    ends = [round(100 * (end or 0), 1) for end in (change.mean, change.low, change.high)]
+    ends = [round(100 * (end or 0), 1) for end in (change.value, change.low, change.high)]
     assert ends == [68.8, 48.9, 88.6] and change.mcnemar
     assert change.mcnemar.p == pytest.approx(0.125)
     sentence, cells = SAY["quality"](Scorecard(overall=few)), tables.metric_rows({"": few})[1][0]
