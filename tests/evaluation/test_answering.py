@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,9 +38,7 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt.make(turn, "d", "t") for turn in turns]
 
 
-def test_a_model_is_timed_at_a_stated_load(
-    tmp_path: Path, responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_timed_at_a_stated_load(tmp_path, responder, monkeypatch):
     sizes = list[tuple[int, int]]()
     answers = responder.ask_plan
 
@@ -65,9 +62,7 @@ def test_a_model_is_timed_at_a_stated_load(
     assert few and few.loads[0].concurrency == 5, "more requests at once than there are is no load"
 
 
-def test_a_full_timing_is_repeated_until_it_is_steady(
-    tmp_path: Path, responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_timing_is_repeated_until_it_is_steady(tmp_path, responder, monkeypatch):
     path = tmp_path / "full.jsonl"
     assert answering.timed(path, responder, prompts(70), "quick")
     found = answering.timed(path, responder, prompts(70), "full")
@@ -87,9 +82,7 @@ def test_a_full_timing_is_repeated_until_it_is_steady(
     assert load.range == (pytest.approx(1 / 1.02), pytest.approx(1.04 / 1.02))
 
 
-def test_what_memory_does_not_hold_at_once_is_no_load(
-    responder: LocalResponder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_memory_does_not_hold_at_once_is_no_load(responder, monkeypatch):
     monkeypatch.setattr(responder, "most_rows", 4)
     assert answering.measured(responder, asked(8), 8, 9.0) is None
     assert answering.measured(responder, asked(8), 4, 9.0)
@@ -113,9 +106,7 @@ def test_who_is_asked_a_suite(teacher: Teacher, asks: bool, reason: str | None) 
     assert (why is None) if reason is None else reason in (why or "")
 
 
-def test_reading_and_writing_of_a_real_batch_add_up(
-    responder: LocalResponder,
-) -> None:
+def test_reading_and_writing_of_a_real_batch_add_up(responder):
     usages = [raw.usage for raw in responder.ask(asked(8))]
     cut = answering.measured(responder, asked(8), 1, 0.0)
     assert cut and cut.requests == 1, "a warm-up"

@@ -185,9 +185,7 @@ def test_items_in_the_training_data_are_not_in_the_headline(again: Run) -> None:
     assert len(read_records(again.path("requests.jsonl"), HeldOutRequest)) == ITEMS - 1
 
 
-def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked(
-    again: Run,
-) -> None:
+def test_items_that_all_stand_in_the_training_data_stop_before_anything_is_asked(again):
     shutil.rmtree(again.path("answers"))
     shutil.copy(again.path("dataset/heldout.jsonl"), again.path("dataset/train.jsonl"))
     with pytest.raises(DistillError, match="stand in the training data") as caught:

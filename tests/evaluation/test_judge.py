@@ -205,9 +205,7 @@ def ask(run: Run, items: list[Item]) -> None:
     run.perform(work)
 
 
-def test_a_fair_judge_is_paid_once_and_its_verdicts_count(
-    tmp_path: Path, items: list[Item]
-) -> None:
+def test_a_fair_judge_is_paid_once_and_its_verdicts_count(tmp_path, items):
     with served(fair) as teacher:
         run = make_run(tmp_path, teacher)
         ask(run, items)

@@ -140,9 +140,7 @@ def test_results_of_lm_eval_are_read_back() -> None:
     assert ("arc", "16", "acc", "0.2500", "0.1000") in rows
 
 
-def test_without_lm_eval_tasks_or_a_student_there_is_one_line(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_lm_eval_tasks_or_a_student_there_is_one_line(tmp_path, model, monkeypatch):
     run = make_run(tmp_path / "runs", model, heldout_pairs())
     shutil.rmtree(run.path("adapter"))
     for module, tasks, words in (

@@ -68,9 +68,7 @@ def test_errors_of_ours_score_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "reference", "value"),
     [("It is seven.", "It is seven.", 100.0), ("xyz", "It is seven.", 0.0), ("7", " ", None)],
 )
-def test_agreement_is_chrf_against_the_teachers_answer(
-    text: str, reference: str, value: float | None
-) -> None:
+def test_agreement_is_chrf_against_the_teachers_answer(text, reference, value):
     score = score_answer(item(), answer(text), "student", None, reference).value
     assert score == (None if value is None else pytest.approx(value, abs=5))
 
@@ -97,9 +95,7 @@ def test_grades_are_measured_and_are_no_checks_passed() -> None:
         ({"kind": "max_sentences", "max": 1}, False),
     ],
 )
-def test_a_check_against_the_right_answer_is_told_from_one_of_form(
-    checker: dict[str, Any], needs_it: bool
-) -> None:
+def test_a_check_against_the_right_answer_is_told_from_one_of_form(checker, needs_it):
     assert compares_with_answer(checker) is needs_it
 
 

@@ -169,14 +169,8 @@ def test_non_inferiority_is_read_off_the_interval(low: float, high: float, verdi
         ((None, None), 24, None, "undecided", "nothing varies"),
     ],
 )
-def test_one_rule_decides(
-    ends: tuple[float | None, float | None],
-    documents: int | None,
-    p: float | None,
-    verdict: str,
-    reason: str,
-) -> None:
-    conclusion = conclude(*ends, documents, p, why_no_interval="nothing varies")
+def test_one_rule_decides(ends, documents, p, verdict, reason) -> None:
+    conclusion = conclude(ends[0], ends[1], documents, p, why_no_interval="nothing varies")
     assert conclusion.verdict == verdict and reason in conclusion.reason
     assert bool(conclusion.reason) == (verdict == "undecided")
 
@@ -196,9 +190,7 @@ def test_a_short_simulation_is_within_its_bounds(design: simulate_statistics.Des
     assert simulate_statistics.passed(row), row
 
 
-def test_the_simulation_would_find_intervals_that_ignore_documents(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_simulation_would_find_intervals_that_ignore_documents(monkeypatch):
     real = simulate_statistics.estimate_difference
     monkeypatch.setattr(
         simulate_statistics,
