@@ -7,6 +7,7 @@ and postal addresses are not looked for. Every pattern is bounded: hostile text 
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 from distill import shipped_table
 from distill.records import Document
@@ -18,33 +19,7 @@ EXAMPLES = re.compile(
 )
 HOST = re.compile(r"[\w.-]{1,253}")
 
-EMAIL = re.compile(
-    r"(?<![\w.+%-])(?!git@)[A-Za-z0-9_][\w.+%-]{0,63}"
-    r"@((?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,24})(?![\w@-])"
-)
 LOGIN, MESSAGE_ID = re.compile(r"://[^\s/@]*$"), re.compile(r"\d+\.\d+\.\d+@")
-DIGITS = r"(?<![\w.,+/=-])"
-CARD = re.compile(
-    DIGITS
-    + r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}|3[47]\d{2}([ -]?)\d{6}\2\d{5}|\d{13,19})(?![\w-]|[.,]\d)"
-)
-IBAN = re.compile(
-    r"(?<![\w-])(?=[A-Z]{2}\d\d)(?:"
-    + "|".join(
-        rf"(?:{countries.replace(' ', '|')})\d\d(?: ?[A-Z0-9]){{{int(length) - 4}}}"
-        for length, countries in TABLE["iban_lengths"].items()
-    )
-    + r")(?![\w-])"
-)
-PHONE = re.compile(
-    rf"(?<![\w.,/=~-])\+(?:{TABLE['calling_codes']})"
-    + r"(?:[ .-]?\(0?\d{1,4}\))?(?:[ .-]?\d){5,13}+(?!\w|[.,]\d)"
-    r"|"
-    + DIGITS
-    + r"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[.-]|[2-9]\d\d([.-])[2-9]\d\d\1)\d{4}(?![\w-]|[.,]\d)"
-    r"|(?i:\b(?:tel|phone|telephone|fax|mobile)\b\.?[:=]? {0,2})"
-    r"\(?0\d{1,5}\)?(?:[ ./-]{0,2}\d){5,12}+(?!\w)"
-)
 NANP = re.compile(r"1[2-9]\d\d[2-9]\d{6}")
 
 
@@ -85,16 +60,21 @@ def is_phone(match: re.Match[str]) -> bool:
     return 7 <= len(digits) <= most and not re.search(r"55501\d\d$", digits)
 
 
-# What must stand in a text before it is searched for a form, and the form.
-PERSONAL = [
-    (re.compile("@"), Form("email", (), EMAIL, is_email, "email")),
-    (re.compile(r"[A-Z]{2}\d\d ?[A-Z0-9]{4}"), Form("iban", (), IBAN, is_iban, "iban")),
-    (re.compile(r"\d{4}[ -]?\d{4}"), Form("card", (), CARD, is_card, "card")),
-    (
-        re.compile(r"\d{4}|\d{3}\D{1,2}\d{3}|\+\d|0\d"),
-        Form("phone", (), PHONE, is_phone, "phone"),
-    ),
-]
+CHECKS = {"email": is_email, "iban": is_iban, "card": is_card, "phone": is_phone}
+IBANS = "|".join(
+    rf"(?:{countries.replace(' ', '|')})\d\d(?: ?[A-Z0-9]){{{int(length) - 4}}}"
+    for length, countries in TABLE["iban_lengths"].items()
+)
+
+
+def read_forms() -> Iterator[tuple[re.Pattern[str], Form]]:
+    """Yield what must stand in a text before it is searched for a form, and the form."""
+    for kind, row in TABLE["forms"].items():
+        pattern = row["pattern"].replace("<iban>", IBANS).replace("<code>", TABLE["calling_codes"])
+        yield re.compile(row["sign"]), Form(kind, (), re.compile(pattern), CHECKS[kind], kind)
+
+
+PERSONAL = list(read_forms())
 
 
 def mask(text: str) -> tuple[str, Counter[str]]:
