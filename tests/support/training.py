@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from distill.config.tree import Config
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer
+from distill.pipeline import STAGES
 from distill.records import Message, Pair, Prompt, Response
 from distill.storage.files import write_records
 from distill.storage.run_folder import Run
@@ -183,6 +184,11 @@ def exact_logs(run: Run, pair: Pair, more: int = 0, model: str | None = None) ->
     logits = network(input_ids=torch.tensor([prompt + answer])).logits[0]
     own = logits[len(prompt) - 1 : -1, : len(tokenizer) + more]
     return torch.log_softmax(own.double(), -1)
+
+
+def perform(run: Run, name: str) -> None:
+    """Perform a stage of a run by its name."""
+    run.perform(next(stage for stage in STAGES if stage.name == name))
 
 
 def training(run: Run) -> dict[str, Any]:

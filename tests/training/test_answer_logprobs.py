@@ -16,7 +16,6 @@ from distill.cli import main
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model, load_tokenizer
-from distill.pipeline import STAGES
 from distill.records import Candidate, Document, Message, Pair, Prompt, Response, TokenLogprob
 from distill.storage.files import read_records, write_json, write_records
 from distill.storage.run_folder import Run
@@ -24,7 +23,7 @@ from distill.training.soft_labels import server_logprobs
 from distill.training.soft_labels.cache import Signal
 from tests.support.fake_teacher import FakeTeacher, Reply
 from tests.support.tiny import make_tokenizer
-from tests.support.training import make_soft_run, pairs
+from tests.support.training import make_soft_run, pairs, perform
 from tests.training.test_capture import captured
 
 SERVED = "tiny-served"
@@ -104,13 +103,9 @@ def make_answered(folder: Path, url: str, model: str = SERVED, **signals: Any) -
     return run
 
 
-def stage(run: Run, name: str) -> None:
-    run.perform(next(stage for stage in STAGES if stage.name == name))
-
-
 def generated(run: Run) -> None:
     """Let the teacher answer, and take all answers as the dataset."""
-    stage(run, "generate")
+    perform(run, "generate")
     prompts = {prompt.id: prompt for prompt in read_records(run.path("prompts.jsonl"), Prompt)}
     found = read_records(run.path("responses.jsonl"), Response)
     assert all(response.logprobs is None for response in found)  # they stay in the store
@@ -209,7 +204,7 @@ def test_a_server_of_another_tokenizer_is_found_by_the_short_question(tmp_path):
             server_logprobs.probe(run.config, tokenizer)
         generated(run)
         with pytest.raises(DistillError, match="lists candidates at 0 of") as error:
-            stage(run, "signals")
+            perform(run, "signals")
     assert error.value.code == Exit.TEACHER and not run.path("signals.json").exists()
 
 

@@ -17,7 +17,6 @@ from distill.config.tree import Config
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.models.loading import load_model, load_tokenizer
-from distill.pipeline import STAGES
 from distill.records import Document, Message, Prompt
 from distill.responders.endpoint.budget import account
 from distill.responders.store import ResponseStore
@@ -28,7 +27,7 @@ from distill.training.soft_labels.cache import Signal, SignalCache
 from tests.planning.test_plan import ROOT, shown
 from tests.support.fake_teacher import KEY, PRICE, FakeTeacher, Reply, Script
 from tests.support.tiny import make_tiny, make_tokenizer
-from tests.support.training import SOFT, make_soft_run
+from tests.support.training import SOFT, make_soft_run, perform
 from tests.training.test_capture import captured
 
 SERVED = "tiny-served"
@@ -139,20 +138,16 @@ def kept_dollars(run: Run) -> Decimal:
         return account(log, {SERVED: PRICE}).settled
 
 
-def signals_stage(run: Run) -> None:
-    run.perform(next(stage for stage in STAGES if stage.name == "signals"))
-
-
 def failing(run: Run, match: str, code: Exit = Exit.TEACHER) -> None:
     with pytest.raises(DistillError, match=match) as error:
-        signals_stage(run)
+        perform(run, "signals")
     assert error.value.code == code and "\n" not in str(error.value)
 
 
 def test_the_signals_of_a_server_are_trained_on_as_any_others(tmp_path, scorer):
     with FakeTeacher(scorer) as server:
         run = make_remote(tmp_path, server)
-        signals_stage(run)
+        perform(run, "signals")
     examples = labels.student_view(run)
     soft = labels.load_labels(run, examples, len(scorer.tokenizer))
     targets = soft.targets([e.response_id for e in examples], "cpu")
@@ -171,7 +166,7 @@ def test_a_server_that_lists_too_few_is_asked_once_and_its_flag_is_named(tmp_pat
         failing(run, r"Requested prompt logprobs of 12, .* \(start vLLM with --max-logprobs")
         assert len(server.payloads) == 1 and server.bill == 0
         scorer.most = 12
-        signals_stage(run)
+        perform(run, "signals")
     assert len(server.payloads) == 13
 
 
@@ -195,7 +190,7 @@ def test_what_broke_off_goes_on_with_what_is_left_and_nothing_is_paid_twice(tmp_
         failing(run, r"answer \w+ has no reply: the connection broke.*and \d others have none")
         paid = dict(server.bills)
         down["now"] = False
-        signals_stage(run)
+        perform(run, "signals")
     assert len(paid) == 5 and all(count == 1 for count in server.bills.values())
     assert len(server.bills) == 12 and all(server.asked[text] == 1 for text in paid)
 
@@ -209,9 +204,9 @@ def test_what_was_paid_for_survives_a_stop_before_the_cache_has_it(tmp_path, sco
         with monkeypatch.context() as patch:
             patch.setattr(SignalCache, "append", stop)
             with pytest.raises(KeyboardInterrupt):
-                signals_stage(run)
+                perform(run, "signals")
         assert len(server.payloads) == 1
-        signals_stage(run)
+        perform(run, "signals")
         captured(make_remote(tmp_path, server, "other", p=0.5))  # other lists of the same replies
     assert len(server.payloads) == 12
 
@@ -223,7 +218,7 @@ def test_a_reply_without_distributions_is_found_at_the_first_and_asked_again(tmp
         failing(run, r"cannot be used: it holds no prompt_logprobs.*same command asks again")
         assert len(server.payloads) == 1
         script["now"] = scorer
-        signals_stage(run)
+        perform(run, "signals")
     assert len(server.payloads) == 13 and server.bill == kept_dollars(run) > 0
 
 
@@ -259,7 +254,7 @@ def test_a_key_is_sent_and_never_kept(tmp_path, scorer, monkeypatch, capsys):
         run = make_remote(tmp_path, server, endpoint=endpoint(server, api_key_env="READER_KEY"))
         failing(run, r"401: no such key: \[key\]")
         assert len(server.payloads) == 1
-        signals_stage(run)
+        perform(run, "signals")
     assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not any(KEY.encode() in path.read_bytes() for path in files)
@@ -279,7 +274,7 @@ def test_a_budget_holds_for_signals_and_raising_it_goes_on(tmp_path, scorer):
         failing(limited(server, "0.003"), "above the limit of", Exit.BUDGET)
         assert 0 < len(server.payloads) < 12 and server.bill <= Decimal("0.003")
         run = limited(server, "9")
-        signals_stage(run)
+        perform(run, "signals")
     assert len(server.payloads) == 12
     entries = [entry for entry in run.ledger.entries() if entry.stage == "signals"]
     assert sum(e.dollars or 0 for e in entries) == server.bill == kept_dollars(run)
@@ -349,8 +344,8 @@ def test_a_run_finds_before_it_pays_that_the_server_tells_nothing(tmp_path, scor
         prompt = Prompt.make((Message(role="user", content="why?"),), document.id, "chat")
         write_records(run.path("documents.jsonl"), [document])
         write_records(run.path("prompts.jsonl"), [prompt])
-        run.perform(next(stage for stage in STAGES if stage.name == "generate"))
-        signals_stage(run)
+        perform(run, "generate")
+        perform(run, "signals")
     local, far = run.ledger.entries()  # each stage's tokens are its own
     assert (local.attempts, far.attempts) == (0, 14) and local.output_tokens > 0
     assert far.input_tokens == sum(len(payload["prompt"]) for payload in server.payloads[1:])
