@@ -81,20 +81,19 @@ def license_of(model: str, stated: str | None, owed: Sequence[Owed]) -> ReleaseL
         what = "its license is not in configs/models.yaml"
         fix = "read it on the model's page, then state publish.license=SPDX-ID"
         raise DistillError(Exit.TERMS, f"student.model {model}", what, fix)
-    text = f"{name}\n\nThe license of the base model: https://huggingface.co/{base_of(model)}\n"
     shipped = find_config(Path("configs/licenses") / f"{name.lower()}.txt")
-    if shipped.is_file():
-        text = shipped.read_text(encoding="utf-8")
-    for one in owed:
-        if license := one.duties.license:
-            if stated and stated.lower() != license.lower():
-                what = f"is {stated}, but {license} is required by {one.text.line()}"
-                fix = f"publish.license={license}"
-                raise DistillError(Exit.TERMS, "publish.license", what, fix)
-            if license != name:
-                text += f"\n\nThe model is distributed under {license}: {one.text.line()}\n"
-            return ReleaseLicense(license, bool(stated), True, text)
-    return ReleaseLicense(name, bool(stated), False, text)
+    text = f"{name}\n\nThe license of the base model: https://huggingface.co/{base_of(model)}\n"
+    text = shipped.read_text(encoding="utf-8") if shipped.is_file() else text
+    asking = next((one for one in owed if one.duties.license), None)
+    if asking is None:
+        return ReleaseLicense(name, bool(stated), False, text)
+    license, line = asking.duties.license or "", asking.text.line()
+    if stated and stated.lower() != license.lower():
+        what = f"is {stated}, but {license} is required by {line}"
+        raise DistillError(Exit.TERMS, "publish.license", what, f"publish.license={license}")
+    if license != name:
+        text += f"\n\nThe model is distributed under {license}: {line}\n"
+    return ReleaseLicense(license, bool(stated), True, text)
 
 
 def agreement_of(owed: Sequence[Owed], agreement: Path | None) -> Path | None:

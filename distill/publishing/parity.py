@@ -11,7 +11,7 @@ import io
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -55,6 +55,7 @@ TOP = 10  # of the runner's log-probabilities
 PARALLEL = 4  # requests that the runner answers at once
 GREEDY = {"top_k": 0, "min_p": 0.0}  # what llama.cpp cuts from a distribution by itself
 NO_RUNNER = f"llama.cpp is not installed ({BY_SCRIPT} llama.cpp)"
+ScoredText = tuple[list[int], int]  # ids of a rendered prompt with its answer; where that begins
 CLAIMS = {"inferior": "worse", "not inferior": "as good, within the margin"}
 
 
@@ -67,7 +68,6 @@ class FileParity(Record):
     runner: str | None = None
     prompts: int = 0
     ids_equal: int | None = None  # of `prompts`
-    answers: int = 0
     nmse: float | None = None  # of the logits, by transformers' reader of GGUF
     largest_difference: float | None = None  # of the runner's top log-probabilities, in nats
     metric: str = ""
@@ -116,13 +116,6 @@ class FileResponder:
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield the answers as they come."""
         return self.server.responder(self.model, PARALLEL, GREEDY).ask(requests)
-
-
-class ScoredText(NamedTuple):
-    """Token ids of a rendered prompt with its answer, which begins at `answer`."""
-
-    ids: list[int]
-    answer: int
 
 
 def measure(
@@ -180,7 +173,7 @@ class ParityCheck:
             answer = encode_text(tokenizer, self.student[item.id].text)[:TOKENS]
             self.ids[item.id] = ids
             if answer:
-                texts.append(ScoredText([*ids, *answer], len(ids)))
+                texts.append(([*ids, *answer], len(ids)))
         self.texts = texts[:: -(-len(texts) // ANSWERS) or 1]
         network: Any = load_model(f"{model.resolve()}", "float32")
         self.most = context_length(network.config)
@@ -196,7 +189,7 @@ class ParityCheck:
         context = context_for(longest, self.most)
         server = EngineServer("llama.cpp", self.command, file, file.stem, PARALLEL, context)
         try:
-            facts |= {"prompts": len(self.items), "answers": len(self.texts)}
+            facts["prompts"] = len(self.items)
             facts["ids_equal"] = sum(self.same_ids(server, item) for item in self.items)
             facts["largest_difference"] = max(self.next_tokens(server), default=None)
             responder = FileResponder(server, file.stem, origin)

@@ -1,12 +1,14 @@
 """E1: a release is opened by the runners that people use, and answers there as it was scored."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,12 +93,16 @@ def test_its_tokenizer_file_alone_is_the_tokenizer_that_was_trained_with(run: Pa
 
 
 def test_another_model_breaks_the_rules(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The base in place of the release: other answers, with the gap of our first two tokens."""
-    job = interop.by_library
+    """One whose head names the next token: other answers, with the gap of our first two tokens."""
+    other, ask = shutil.copytree(run / "release", tmp_path / "other"), interop.by_library
+    tensors = load_file(other / "model.safetensors")
+    for name in tensors.keys() & {"lm_head.weight", "model.embed_tokens.weight"}:
+        tensors[name] = tensors[name].roll(1, 0)
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(
-        interop, "by_library", lambda name, j, a: job(name, j._replace(release=j.base), a)
+        interop, "by_library", lambda name, job, a: ask(name, job._replace(release=other), a)
     )
     assert interop.main(open_run(run), COUNT, "float32", ["transformers"]) == 1
     shown = capsys.readouterr().out

@@ -18,7 +18,7 @@ from distill.models import loading
 from distill.models.registry import folder_digest
 from distill.publishing.publish import main
 from distill.records import Message, Pair, Prompt, Response
-from distill.storage.files import sha256_file, write_json, write_records
+from distill.storage.files import sha256_file, write_json
 from distill.storage.run_folder import Run
 from distill.training.adapters import write_merged
 from tests.support.fake_hub import fake_hub, use_hub
@@ -57,7 +57,7 @@ def make_pair(number: int) -> Pair:
     return Pair(prompt=prompt, response=answer)
 
 
-def make_scorecard(run: Run, **changes) -> None:
+def make_scorecard(run: Run, student: dict[str, str | None] | None = None, **changes) -> None:
     row = {
         "metric": "chrF", "n": 20, "unscored": 0, "teacher": 0.9, "base": 0.1, "student": 0.7,
         "student_minus_teacher": {"mean": -0.2, "low": -0.3, "high": -0.1},
@@ -69,7 +69,7 @@ def make_scorecard(run: Run, **changes) -> None:
     }
     card = {
         "name": "tiny",
-        "models": {"student": {"name": BASE, **hashes}},
+        "models": {"student": {"name": BASE, **hashes, **(student or {})}},
         "tasks": {"chat": row},
         "cost": {"student": {"seconds_per_1k": 12.5, "dollars_per_1k": None}},
         "funnel": {"kept": 8, "dropped": {"empty": 1}},
@@ -91,8 +91,6 @@ def run(hub, trained, tmp_path) -> Run:
         make_adapter(trained / "adapter", BASE, 0.02)
         write_merged(run.config.student, trained / "adapter", trained / "merged")
     shutil.copytree(trained, run.folder)
-    for split, numbers in (("train", range(8)), ("validation", range(8, 12))):
-        write_records(run.path(f"dataset/{split}.jsonl"), [make_pair(n) for n in numbers])
     run.path("report.html").write_text("<html>a report of /home/anybody/docs</html>")
     write_json(run.path("config.json"), run.config.resolved())
     make_scorecard(run)
@@ -137,15 +135,13 @@ def refused(run: Run, repository: str | None = None, override: str | None = None
 
 @pytest.mark.parametrize("part", ["adapter", "model"])
 def test_scores_of_another_student_are_published_by_no_override(run, part):
-    student = json.loads(run.path("scorecard.json").read_bytes())["models"]["student"]
-    make_scorecard(run, models={"student": {**student, f"{part}_sha256": "0" * 64}})
+    make_scorecard(run, {f"{part}_sha256": "0" * 64})
     error = refused(run, override="we know better")
     assert error.code == Exit.PUBLISH and f"evaluated was {part} 000" in error.what
 
 
 def test_a_run_whose_adapter_was_evaluated_gets_a_merged_model_and_a_card_that_says_so(run):
-    student = json.loads(run.path("scorecard.json").read_bytes())["models"]["student"]
-    make_scorecard(run, models={"student": {**student, "model_sha256": None}})
+    make_scorecard(run, {"model_sha256": None})
     shutil.rmtree(run.path("merged"))
     release = main(run)
     assert (release / "model.safetensors").is_file()

@@ -16,7 +16,7 @@ from distill.config.learning import Student
 from distill.config.tree import Config
 from distill.errors import DistillError
 from distill.models import loading, registry
-from distill.publishing.parity import ScoredText, answer_logits
+from distill.publishing.parity import answer_logits
 from distill.storage.files import sha256_files
 from distill.storage.run_folder import Run
 from distill.training import adapters
@@ -31,7 +31,7 @@ from tests.support.families import FAMILIES, make_family
 from tests.support.tiny import make_tiny
 from tests.support.training import adapted, causal_model, equal, examples, gradient
 
-ROWS = [ScoredText([*range(3 + n, 40 + 2 * n)], answer=10 + n) for n in range(8)]
+ROWS = [([*range(3 + n, 40 + 2 * n)], 10 + n) for n in range(8)]  # ids, where the answer begins
 FILES = {
     *("model.safetensors", "config.json", "generation_config.json", "source.json"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
@@ -178,7 +178,7 @@ def test_the_merged_model_is_the_adapted_one_with_its_base_s_tokenizer(
     before = answer_logits(plain, ROWS)
     adapted = answer_logits(PeftModel.from_pretrained(plain, str(adapter)), ROWS)
     after = answer_logits(loading.load_model(str(merged), "float32"), ROWS)
-    assert [len(rows) for rows in after] == [len(row.ids) - row.answer for row in ROWS]
+    assert [len(rows) for rows in after] == [len(ids) - answer for ids, answer in ROWS]
     assert_close(after, adapted, rtol=0, atol=1e-4)
     with pytest.raises(AssertionError):  # the adapter does something
         assert_close(after, before, rtol=0, atol=1e-2)
