@@ -83,9 +83,7 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
-def test_a_finished_run_is_whole_elsewhere_and_on_another_day(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_whole_elsewhere_and_on_another_day(run, monkeypatch):
     class Later(date):
         @classmethod
         def today(cls) -> "Later":
@@ -175,9 +173,7 @@ def seal(run: Path, manifest: dict[str, Any]) -> None:
         ("scores/student.jsonl", '"value":0.0', '"value":1.0', "line 1"),
     ],
 )
-def test_a_forged_result_with_forged_hashes_is_not_made_again(
-    run: Path, name: str, old: str, new: str, where: str
-) -> None:
+def test_a_forged_result_with_forged_hashes_is_not_made_again(run, name, old, new, where):
     """H9: what can be made again is compared."""
     forge(run, name, old, new)
     assert differences(run).get(("again", name), "").startswith(where)
@@ -220,9 +216,7 @@ def test_other_weights_than_the_evaluated_ones_are_named(run: Path) -> None:
     assert differences(run).keys() == merged
 
 
-def test_what_was_evaluated_must_be_released(
-    finished: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_was_evaluated_must_be_released(finished, run, capsys):
     card = read_json(run / "scorecard.json")
     card["models"]["student"]["model_sha256"] = "0" * 64
     write_json(run / "scorecard.json", card)
@@ -230,18 +224,14 @@ def test_what_was_evaluated_must_be_released(
     assert "evaluated was model 000000000000, here is" in capsys.readouterr().err
 
 
-def test_results_of_other_code_are_named_as_such(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_of_other_code_are_named_as_such(run, monkeypatch):
     monkeypatch.setattr("distill.storage.environment.code_hash", lambda: "0" * 64)
     checks = verify.verify(run)
     told = [c for c in checks if c.what == "the code of report"]
     assert bad(checks) == [] and told[0].state == "skipped" and "made by distill" in told[0].where
 
 
-def test_a_report_made_again_is_recorded_again(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_made_again_is_recorded_again(run, capsys):
     first = (run / "report.html").read_bytes()
     assert main(["report", str(run), "--redo"]) == 0
     assert (run / "report.html").read_bytes() == first
@@ -249,9 +239,7 @@ def test_a_report_made_again_is_recorded_again(
     assert "outside the evidence" not in capsys.readouterr().out
 
 
-def test_programs_run_again_only_where_that_is_allowed(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_run_again_only_where_that_is_allowed(run, monkeypatch):
     monkeypatch.setattr(verify, "RUNS_CODE", {"number"})
     checks = verify.verify(run)
     left = {c.what for c in checks if c.state == "skipped" and "--allow-code" in c.where}
@@ -259,9 +247,7 @@ def test_programs_run_again_only_where_that_is_allowed(
     assert Check("again", "scorecard.json", "same") in checks
 
 
-def test_a_file_that_is_gone_is_missing_and_the_exit_is_8(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_gone_is_missing_and_the_exit_is_8(run, capsys):
     """H24"""
     (run / "answers/base.jsonl").unlink()
     assert main(["verify", str(run)]) == Exit.EVALUATION
@@ -287,9 +273,7 @@ ODD_NAMES = [".прогон 模型 (copy)", "\x1b[31m[red]\n100% {x} '\"\\", "C1
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_copied_run_may_have_any_name(
-    at_home: Path, name: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_copied_run_may_have_any_name(at_home, name, capfd):
     """H19"""
     home = at_home.parent.rename(at_home.parent.with_name("two\nlines C1 \x85 \u2028"))
     copy = home / name
@@ -305,9 +289,7 @@ def test_a_copied_run_may_have_any_name(
     assert {path.name for path in home.iterdir()} == {".store", at_home.name, name}
 
 
-def test_a_folder_whose_name_is_not_utf_8_is_refused_untouched(
-    at_home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_whose_name_is_not_utf_8_is_refused_untouched(at_home, capsys):
     """H19"""
     folder = at_home.rename(at_home.with_name(os.fsdecode(b"no \xff utf-8")))
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
