@@ -80,7 +80,7 @@ FOUND: tuple[tuple[tuple[str, ...], Exit, str], ...] = (  # H26: settings, and w
     (
         ("train.lora.target_modules=[embed_tokens]",),
         Exit.TRAINING,
-        "adapter of the embedding cannot be merged",
+        "embedding is trained by no adapter",
     ),
     (("train.max_length=4",), Exit.TRAINING, "max_length: none of 90 prompts fits into 4 tokens"),
     (("train.num_processes=2",), Exit.TRAINING, "2 processes were asked for, 1 came"),
