@@ -5,6 +5,7 @@ The share p of acceptable answers is weighted by price: long answers cost more a
 interval is carried through; break-even is null where it, or the savings, reach 0.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from distill.evaluation.scorecard import (
     WAYS,
     BreakEven,
     Economics,
+    Rent,
     Saving,
     StudentPrice,
     TeacherPrice,
@@ -26,7 +28,7 @@ from distill.evaluation.statistics import MIN_PAIRED, Bounds, Certainty, Estimat
 from distill.records import Usage
 from distill.responders.prices import MachinePrice
 
-MONTH_DAYS = 30
+MONTH_DAYS, DAY_SECONDS = 30, 86_400
 LOW_USE = 0.25
 NEEDS_ANSWER = "the test compares with an answer that is not there when a new request is served"
 NO_TEST = "no task has a checker, and no judge that passed its probe stands in"
@@ -86,6 +88,7 @@ def economics(
             dollars_per_1k=student_dollars,
             price=assumed.student.described(),
             utilisation=assumed.student.utilisation,
+            month_of_machines=priced.month_of_machines(),
         ),
         tests=tests,
         when_served=when_served,
@@ -172,19 +175,34 @@ class PricedRequests:
 
     def changes(self, way: Way) -> Iterator[Change]:
         """Yield what would change today's figures, one thing at a time."""
-        student = self.assumed.student
+        student, dollars = self.assumed.student, self.means()[1]
         yield AS_MEASURED
         yield Change("the teacher's price halves", teacher=0.5)
         yield Change("ten times the requests", volume=10)
         if way != "replace_all":
             yield Change("the share at its lower bound", lowest=True)
-        if self.why or not isinstance(student.price, MachinePrice):
+        if dollars is None or not isinstance(student.price, MachinePrice):
             return
         idle, low = student.utilisation / LOW_USE, f"{100 * LOW_USE:g}\u00a0% of the time"
-        if self.assumed.teacher.hosted:
-            yield Change(f"the student's machine works {low}", student=idle)
-        else:
+        if not self.assumed.teacher.hosted:
             yield Change(f"both machines work {low}", teacher=idle, student=idle)
+            return
+        yield Change(f"the student's machine works {low}", student=idle)
+        if rent := self.month_of_machines():
+            month = dollars * self.assumed.requests_per_month / THOUSAND
+            rented = rent.dollars_per_month / month
+            yield Change("the student's machine is rented for the whole month", student=rented)
+
+    def month_of_machines(self) -> Rent | None:
+        """Return how many machines the requests of a month need, their rent, how busy they are."""
+        price, dollars = self.assumed.student.price, self.means()[1]
+        if not isinstance(price, MachinePrice) or not dollars:
+            return None
+        busy = dollars * self.assumed.student.utilisation  # without the time that it idles
+        month = float(price.of(MONTH_DAYS * DAY_SECONDS))
+        needed = self.assumed.requests_per_month * busy / THOUSAND / month
+        machines = math.ceil(needed)
+        return Rent(machines=machines, dollars_per_month=machines * month, in_use=needed / machines)
 
     def break_even(self, saved: Estimate, requests_per_month: int) -> BreakEven:
         """Return when `saved`, dollars of 1,000 requests, has paid the distillation back."""

@@ -143,12 +143,21 @@ class TeacherPrice(CardRecord):
     hosted: bool = False
 
 
+class Rent(CardRecord):
+    """How many machines the requests of a month need, their rent, and how busy they are."""
+
+    machines: int
+    dollars_per_month: float
+    in_use: float
+
+
 class StudentPrice(CardRecord):
     """What the student's requests cost on its machine."""
 
     dollars_per_1k: float | None = None
     price: str | None = None
     utilisation: float = 1.0
+    month_of_machines: Rent | None = None
 
 
 class Economics(CardRecord):

@@ -96,6 +96,19 @@ def test_every_case_has_the_figures_of_the_hand() -> None:
     assert (idle.student_dollars_per_1k, idle.dollars_per_1k.value) == near((0.2, 0.6))
 
 
+def test_a_machine_rented_for_the_month_costs_its_whole_rent() -> None:
+    found = reckon(SIXTEEN)
+    # 720 h at $0.36 are $259.20; 10,000 requests of 0.5 s are 5,000 s of 2,592,000
+    month, whole = found.student.month_of_machines, case(found, "whole month")
+    assert month and (month.machines, month.dollars_per_month) == near((1, 259.2))
+    assert month.in_use == near(5000 / 2592000)
+    assert (whole.student_dollars_per_1k, whole.dollars_per_1k.value) == near((25.92, -25.12))
+    assert whole.break_even.requests.value is None and whole.break_even.requests.reason
+    busy = reckon(SIXTEEN, ASSUMED._replace(requests_per_month=11_000_000))
+    month = busy.student.month_of_machines  # 5,500,000 s need 2.12
+    assert month and month.machines == 3
+
+
 def test_the_share_is_weighted_by_price_where_dear_requests_fail() -> None:
     dear = {"teacher": Usage(output_tokens=300), "student": Usage(seconds=0.5)}
     requests = asked([True] * 10) + [
@@ -115,6 +128,7 @@ def test_a_local_teacher_is_paid_by_its_machine() -> None:
     assert (found.teacher.dollars_per_1k, saved(found).value) == near((0.4, 0.22))
     idle = case(found, "25")  # for both: what one pays while it idles, so does the other
     assert (idle.teacher_dollars_per_1k, idle.dollars_per_1k.value) == near((0.8, 0.44))
+    assert not any("whole month" in (case.case or "") for case in found.sensitivity)
 
 
 def test_a_student_that_is_dearer_saves_less_than_nothing() -> None:

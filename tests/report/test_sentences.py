@@ -142,6 +142,7 @@ def test_the_savings_say_share_surplus_break_even_and_assumptions() -> None:
         "Making the student cost $3.20 of machine time and tokens",
         " 4,572 requests [",
         "a machine that works 50 % of its paid time",
+        "1 machine would cost $259.20 a month and work 0.2 % of the time",
     ):
         assert words in text, words
     assert "hypothetical" not in text and "13.7" not in text, "days are said in hours"
@@ -179,7 +180,9 @@ UNTESTED = asked([None] * 20, test=None, when_served=False)
         (COMPARING, {}, "Quality changes by −10.0 points [−20.0, 0.0] against the teacher"),
     ],
 )
-def test_what_is_lost_undecided_or_not_known_is_said(requests, changes, words):
+def test_what_is_lost_undecided_or_not_known_is_said(
+    requests: Sequence[HeldOutRequest], changes: dict[str, Tariff], words: str
+) -> None:
     text = said(requests, ASSUMED._replace(**changes))
     assert words in text
     assert not changes or " saves $" not in text
