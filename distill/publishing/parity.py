@@ -259,13 +259,12 @@ class ParityCheck:
         a, b, clusters = file_N[both_N], student_N[both_N], row.clusters[both_N]
         certainty = Certainty(settings.confidence, settings.bootstrap_samples, config.seed)
         change = estimate_difference(a, b, clusters, certainty, SHARE)
-        about = {"n": len(row.items), "documents": change.clusters}
         return {
             "metric": row.metric,
             "same_answers": sum(answers[i].text == a.text for i, a in self.student.items()),
             "student": mean_or_none(b),
             "score": mean_or_none(a),
-            "difference": Difference.of(change).model_copy(update=about),
+            "difference": Difference.of(change),
             "verdict": non_inferiority(change, settings.margin),
         }
 

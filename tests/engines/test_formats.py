@@ -70,7 +70,7 @@ def test_each_file_is_measured_against_the_student_once(
         assert row.ids_equal == row.prompts == ITEMS and row.reason is None
         assert row.runner and row.runner.startswith("llama.cpp 20")
         assert row.nmse is not None and row.largest_difference is not None
-        assert row.difference.n == row.difference.documents == ITEMS and row.student == 1
+        assert row.difference.n == row.difference.clusters == ITEMS and row.student == 1
     assert full.nmse is not None and full.nmse < 1e-6, "its weights are of float16"
     assert full.largest_difference is not None and full.largest_difference < 0.05
     assert full.same_answers is not None and full.same_answers >= ITEMS - 2
