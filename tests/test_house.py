@@ -37,14 +37,14 @@ LAYERS = (
     ("planning",),
     ("status", "verify", "api"),
     ("cli",),
-    ("launch", "__main__"),
+    ("__main__",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 WITHOUT_TORCH = """
 errors records config.tree config.yaml_file storage.files storage.log storage.progress
 storage.environment storage.run_folder models.weights models.download models.chat_template
 tasks.task tasks.checkers models.registry models.loading pipeline formatting planning.machine
-planning.work planning.cost planning.plan status cli launch corpus.corpus corpus.prompts
+planning.work planning.cost planning.plan status cli corpus.corpus corpus.prompts
 corpus.privacy corpus.contamination responders.terms responders.token_counts
 responders.endpoint.endpoint responders.prices responders.responder generation.generate
 generation.filters responders.store
