@@ -73,7 +73,7 @@ def make_run(folder: Path, teacher: FakeTeacher | str, count: int = 12, **change
 
 def generate(*words: str) -> int:
     """Be `distill generate WORDS`, but for its look ahead: these runs have no real student."""
-    with patch("distill.planning.preflight.require"):
+    with patch("distill.api.require"):
         return main(["generate", *words])
 
 
