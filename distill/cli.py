@@ -293,6 +293,7 @@ def score(
     name: Annotated[str | None, typer.Option(help="What the responder is called.")] = None,
     store: Annotated[Path, option("DIR", "Shared answers.")] = STORE,
     out: Annotated[Path, option("DIR", "For scores and answers.")] = SUITES,
+    student_view: Annotated[bool, typer.Option("--student-view", help="Ask as a student.")] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Ask any responder the questions of a suite, and score its answers."""
@@ -301,7 +302,7 @@ def score(
     from distill.tasks.sandbox.programs import permit
 
     permit(allow_code)
-    print(score_suite(load_suite(suite, data), responder, name, store, out))
+    print(score_suite(load_suite(suite, data), responder, name, store, out, student_view))
 
 
 @app.command(rich_help_panel=LOOK)
@@ -321,9 +322,7 @@ def publish(
     overrides: Overrides = None,
     push: Annotated[str | None, option("OWNER/NAME", "Upload to the Hub, privately.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Upload for everybody.")] = False,
-    override: Annotated[
-        str | None, option("REASON", "Publish against evidence; the card has it.")
-    ] = None,
+    override: Annotated[str | None, option("REASON", "Publish against evidence.")] = None,
     dataset: Annotated[
         bool, typer.Option("--dataset", help="The teacher's answers instead, as a data set.")
     ] = False,

@@ -27,10 +27,13 @@ from distill.storage.run_folder import open_run
 ALONE = "one responder was asked"
 
 
-def score(suite: Suite, who: str, name: str | None, store: Path, out: Path) -> str:
+def score(
+    suite: Suite, who: str, name: str | None, store: Path, out: Path, student_view: bool = False
+) -> str:
     """Ask `who` the questions of a suite, write scores and answers, and return a table of results.
 
-    Answers are kept in `store`; items, scores and answers are written below `out`. Raises
+    Answers are kept in `store`; items, scores and answers are written below `out`. The teacher of a
+    config is asked as a teacher, unless in `student_view`: a student that a server has. Raises
     DistillError: exit 2 where nobody can be asked, 3 where a file lacks answers, 6 without a
     budget.
     """
@@ -38,7 +41,7 @@ def score(suite: Suite, who: str, name: str | None, store: Path, out: Path) -> s
     if path.suffix == ".jsonl":
         answers, name = read_answers(suite, path), name or path.stem
     else:
-        answers, model = ask_responder(suite, path, who, store)
+        answers, model = ask_responder(suite, path, who, store, student_view)
         name = name or model
     rows = measure_tasks(suite.items, {name: answers}, suite.tasks.get, ALONE)
     write_answers(out, suite, {name: answers})
@@ -50,7 +53,7 @@ def score(suite: Suite, who: str, name: str | None, store: Path, out: Path) -> s
 
 
 def ask_responder(
-    suite: Suite, path: Path, who: str, store: Path
+    suite: Suite, path: Path, who: str, store: Path, student_view: bool
 ) -> tuple[dict[str, Response], str]:
     """Ask a run's student, the teacher of a config, or a model; return its answers and its name."""
     from distill.evaluation.answering import ask_suite, student_responder  # which load torch
@@ -73,7 +76,9 @@ def ask_responder(
     else:
         responder = LocalResponder.load(who)
     with Ask(responder, store) as ask:
-        return ask_suite(ask, suite, as_teacher=bought), name or responder.model
+        return ask_suite(
+            ask, suite, as_teacher=bought and not student_view
+        ), name or responder.model
 
 
 def read_answers(suite: Suite, path: Path) -> dict[str, Response]:

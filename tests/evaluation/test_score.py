@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from distill.callables import provided
 from distill.errors import DistillError, Exit
 from distill.evaluation import lm_eval
 from distill.evaluation.compare import compare_paths
 from distill.evaluation.score import score
 from distill.evaluation.scorecard import HarnessResult
 from distill.evaluation.suites import Suite, load_suite
-from distill.records import Item, Score
+from distill.records import Item, Message, Score
 from distill.report.tables import harness_rows
 from distill.storage.files import read_records, write_json, write_records
 from tests.evaluation.test_evaluate import heldout_pairs, make_run
@@ -101,6 +102,29 @@ def test_a_run_is_a_suite_of_its_held_out_prompts(tmp_path: Path, model: Path) -
     assert [part.task.name for part in suite.parts] == ["math_word_problem"]
     assert suite.name == "tiny-heldout" and set(suite.limits().values()) == {12}
     assert "tiny-heldout" in scored(suite, model, tmp_path)
+
+
+def test_a_student_that_a_server_has_is_asked_in_its_own_view(tmp_path: Path, model: Path) -> None:
+    passage, pairs, asked = (Message(role="user", content="a passage"),), [], list[str]()
+    for pair in heldout_pairs():
+        prompt = pair.prompt.model_copy(update={"teacher_messages": passage})
+        pairs.append(pair.model_copy(update={"prompt": prompt}))
+    run = make_run(tmp_path / "runs", model, pairs)
+    write_json(run.path("config.json"), run.config.resolved())
+
+    def served(messages: list[dict[str, str]]) -> str:
+        asked.append(messages[-1]["content"])
+        return "4"
+
+    tree = {**run.config.resolved(), "teacher": {"kind": "python", "responder": "served"}}
+    (tmp_path / "served.yaml").write_text(json.dumps(tree))
+    suite, who = load_suite(str(run.folder)), (str(tmp_path / "served.yaml"), "served")
+    with provided({}, (), {"served": served}):
+        score(suite, *who, tmp_path / "store", tmp_path / "out", student_view=True)
+        assert all(text.startswith("What is ") for text in asked) and asked
+        asked.clear()
+        score(suite, *who, tmp_path / "store", tmp_path / "out")
+        assert set(asked) == {"a passage"}
 
 
 @pytest.mark.parametrize(
