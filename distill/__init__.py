@@ -16,11 +16,24 @@ SHIPPED = (Path(__file__).parent / "_data", Path(__file__).parents[1])
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
+# Tables of configs/ that are part of the code: no other replaces them, and its hash covers them
+TABLES = """
+control_tokens languages private_text python_apis questions reasoning row_shapes secret_patterns
+server_answers
+""".split()
+
+
+def table_path(name: str) -> Path:
+    """Return where a table of `TABLES` lies."""
+    file = f"configs/{TABLES[TABLES.index(name)]}.yaml"
+    return next(path for root in SHIPPED if (path := root / file).is_file())
+
+
 def shipped_table(name: str) -> Any:
-    """Read a table of configs/ that is part of the code, and which no other replaces."""
+    """Read a table of `TABLES`."""
     import yaml
 
-    path = next(path for root in SHIPPED if (path := root / "configs" / name).is_file())
+    path = table_path(name.removesuffix(".yaml"))
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is built
     return loader(path.read_text(encoding="utf-8")).get_single_data()
 

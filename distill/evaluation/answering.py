@@ -98,7 +98,7 @@ def student_responder(run: Run, name: str, trained: bool = True) -> tuple[Here, 
         load = partial(loading.load_model, folder, student.dtype, revision, trust)
         return LocalResponder(load, tokenizer, name, origin, date, size, old_origin), facts
     model = (folder, revision, student.dtype, tokenizer)
-    responder = EngineResponder(engine, engines, *model, date, size, name, passing=trained)
+    responder = EngineResponder(engine, engines, *model, date, size, name, trained, trust)
     return responder, facts.model_copy(update={"dtype": responder.dtype})
 
 

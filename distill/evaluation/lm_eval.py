@@ -64,7 +64,7 @@ def main(run: Run, tasks: str, limit: int | None, include: Path | None) -> Harne
         result = HarnessResult(
             harness=f"lm-eval {version('lm_eval')}",
             adapter_sha256=facts.adapter_sha256,
-            dtype=facts.dtype,
+            dtype=str(responder.network.dtype).removeprefix("torch."),
             chat_template=True,
             limit=limit,
             tasks=read_results(results or {"results": {}}),

@@ -128,7 +128,7 @@ def gap_recovered(measured: Measured, certainty: Certainty) -> Estimate:
     all_N = np.isfinite(scores_3N).all(axis=0)
     clusters = measured.clusters[all_N]
     gap = compare(measured, "teacher", "base", certainty)
-    decided = gap.conclude()
+    decided = gap.conclude(len(set(clusters)), len(clusters))
     if decided.verdict == "undecided":  # the gap itself must stand, by the rule of every claim
         reason = f"whether teacher and base differ is undecided: {decided.reason}"
         return Estimate(value=None, reason=reason)

@@ -187,7 +187,7 @@ class Economics(CardRecord):
 
 
 class Funnel(CardRecord):
-    """How many prompts and answers came in, and what was kept and dropped; in all, and by task."""
+    """How many prompts and answers came in, and what was kept and dropped."""
 
     prompts: int = 0
     answers: int = 0
@@ -195,7 +195,6 @@ class Funnel(CardRecord):
     kept_validation: int = 0
     kept_heldout: int = 0
     dropped: dict[str, int] = {}
-    tasks: "dict[str, Funnel]" = {}
 
 
 class OnPolicyRound(CardRecord):

@@ -8,8 +8,9 @@ import json
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import get_args
 
 from transformers import AutoConfig, GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -116,7 +117,7 @@ def modelfile(
     Sampling is that of the evaluation, greedy. Raises DistillError (exit 9) where the template
     renders one of `prompts` otherwise than its turns say.
     """
-    turns = turns_of(tokenizer, date)
+    turns = dict(turns_of(tokenizer, date))
     for prompt in prompts:
         roles = pairwise(["", *(m.role for m in prompt.messages), ""])
         contents = [*(m.content for m in prompt.messages), ""]
@@ -126,6 +127,11 @@ def modelfile(
     if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # then the runner writes it
         bos = str(tokenizer.bos_token)
         turns = {p: t if p[0] else t.removeprefix(bos) for p, t in turns.items()}
+    for before, after in product(
+        ("", *get_args(Role)), get_args(Role)
+    ):  # pairs that no prompt here has
+        usual = turns.get(("user", "assistant") if after == "assistant" else ("", after))
+        turns.setdefault((before, after), usual or "")
     quoted = {pair: json.dumps(text, ensure_ascii=False) for pair, text in turns.items()}
     between = "".join(BETWEEN % (*pair, text) for pair, text in quoted.items() if pair[1])
     ends = GenerationConfig.from_pretrained(model).eos_token_id

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
-from distill import __version__
+from distill import TABLES, __version__, table_path
 from distill.errors import DistillError, Exit
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -80,11 +80,13 @@ def installed(name: str) -> str | None:
 @cache
 def code_hash() -> str:
     """Hash names and contents of the package's files, the same in a checkout and installed."""
+    code = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".j2", ".css")]
+    code.append(PACKAGE / "tasks/sandbox/refused_calls.txt")
     total = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*")):
-        if path.suffix in (".py", ".j2", ".css"):
-            total.update(f"{path.relative_to(PACKAGE).as_posix()}\n".encode())
-            total.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in [*sorted(code), *map(table_path, TABLES)]:
+        inside = path.suffix != ".yaml"
+        name = path.relative_to(PACKAGE).as_posix() if inside else path.name
+        total.update(f"{name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
 
 

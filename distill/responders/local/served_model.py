@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config.teachers import Engine, Engines, LocalTeacher
+from distill.config.values import SAFE, Trust
 from distill.errors import DistillError
 from distill.models.chat_template import encode_prompt, template_hash
 from distill.models.devices import pick_dtype
@@ -54,6 +55,7 @@ class EngineResponder:
         concurrency: int | None = None,
         name: str | None = None,
         passing: bool = False,
+        trust: Trust = SAFE,
     ) -> None:
         self.engine: Engine = engine
         self.tokenizer, self.date, self.passing = tokenizer, date, passing
@@ -72,10 +74,10 @@ class EngineResponder:
                 **folder_facts("weights", reference),
             }
         )
-        self.folder = fetch(reference, revision)
+        self.folder = fetch(reference, revision, trust)
         self.gguf = cache_folder() / "gguf" / f"{self.origin[:24]}-F16.gguf"
         self.most = context_length(AutoConfig.from_pretrained(self.folder))
-        self._load = partial(load_model, reference, dtype, revision)
+        self._load = partial(load_model, reference, dtype, revision, trust)
         self.server: EngineServer | None = None
         self.context = self.rows = 0  # of the server
 
