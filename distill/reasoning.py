@@ -1,4 +1,4 @@
-"""How models mark their reasoning in a text: configs/reasoning.yaml has the marks.
+"""How models mark their reasoning in a text: configs/tables/reasoning.yaml has the marks.
 
 A template may write the opening mark into the prompt; a model that is cut off never closes. Marks
 in quotes, code or a sentence are what an answer speaks of. Time is linear in the text.

@@ -1,4 +1,4 @@
-"""Keys, tokens and passwords that are known by their form (configs/secret_patterns.yaml).
+"""Keys, tokens and passwords that are known by their form (configs/tables/secret_patterns.yaml).
 
 The list is ours, and not a library's: what it finds is masked in documents before prompts are made,
 so a library's next version would change texts that are paid for already.

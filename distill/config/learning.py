@@ -96,7 +96,8 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input, against overfitting."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: all-linear, a regular expression, or a list of names."""
+    """Layers that get an adapter: all-linear, a regular expression, or a list of names; never the
+    embedding or the head."""
 
 
 class Loss(Section):

@@ -7,6 +7,7 @@ refused, so that no file builds an object or grows. Errors are one line with fil
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -241,7 +242,7 @@ def secret_in(text: str, allowed: Collection[str] = ()) -> Secret | None:
 def check_values(
     value: object, places: Places, path: KeyPath = (), allowed: Collection[str] = ()
 ) -> None:
-    """Refuse a secret that is not `allowed`, and a control character."""
+    """Refuse a secret that is not `allowed`, a control character, a number that is not finite."""
     what, fix = "", "correct the value"
     if isinstance(value, dict):
         for name, child in value.items():
@@ -260,6 +261,8 @@ def check_values(
             fix = BY_NAME + (secret.way_on if secret.sha256 else "")
         elif CONTROL.search(value):
             what = "holds a control character"
+    elif isinstance(value, float) and not math.isfinite(value):
+        what = "is not a finite number"
     if what:
         raise DistillError(Exit.CONFIG, place_in(places, path), f"{'.'.join(path)} {what}", fix)
 

@@ -1,8 +1,8 @@
 """What a row means: a document, or a prompt with, perhaps, its reference and recorded answers.
 
-configs/row_shapes.yaml says which columns of the usual sets hold what. Of a prompt the last user
-turn is answered: `meta["messages"]` is the conversation to answer, `meta["recorded_answer"]` what
-answers it, as it came, to the space.
+configs/tables/row_shapes.yaml says which columns of the usual sets hold what. Of a prompt the last
+user turn is answered: `meta["messages"]` is the conversation to answer, `meta["recorded_answer"]`
+what answers it, as it came, to the space.
 """
 
 import math

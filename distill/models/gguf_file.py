@@ -150,6 +150,9 @@ def _add_shape(
     if local:
         writer.add_rope_freq_base_swa(local["rope_theta"])
     everywhere = [int((layer + 1) % 4 != 0) for layer in range(layers)]
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, key, None):
+            raise _unlike(folder, key)
     if config.model_type == "smollm3" and config.no_rope_layers != everywhere:
         raise _unlike(folder, "no_rope_layers")
     kinds = list(getattr(config, "layer_types", None) or ())

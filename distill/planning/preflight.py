@@ -187,7 +187,8 @@ class Look:
             loading.check_model(trial.reference, trial.trust)
 
         facts = (student.model, student.revision, student.trust, config.template_date)
-        how = (config.train.lora.target_modules, student.chat_template_kwargs, config.reasoning)
+        targets = config.train.lora.target_modules if self.ahead & TRAINING else "all-linear"
+        how = (targets, student.chat_template_kwargs, config.reasoning)
         sound = self.attempt(look, "student", Trial(*facts, *how))
         for key, teacher in self.responders(self.present | self.ahead & READING).items():
             self.attempt(identity, teacher, self.config.engines)

@@ -127,9 +127,7 @@ def modelfile(
     if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:  # then the runner writes it
         bos = str(tokenizer.bos_token)
         turns = {p: t if p[0] else t.removeprefix(bos) for p, t in turns.items()}
-    for before, after in product(
-        ("", *get_args(Role)), get_args(Role)
-    ):  # pairs that no prompt here has
+    for before, after in product(("", *get_args(Role)), get_args(Role)):  # others may have more
         usual = turns.get(("user", "assistant") if after == "assistant" else ("", after))
         turns.setdefault((before, after), usual or "")
     quoted = {pair: json.dumps(text, ensure_ascii=False) for pair, text in turns.items()}

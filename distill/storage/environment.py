@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
-from distill import TABLES, __version__, table_path
+from distill import TABLES, __version__
 from distill.errors import DistillError, Exit
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -82,10 +82,10 @@ def code_hash() -> str:
     """Hash names and contents of the package's files, the same in a checkout and installed."""
     code = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".j2", ".css")]
     code.append(PACKAGE / "tasks/sandbox/refused_calls.txt")
+    files = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(code)}
+    files |= {path.name: path for path in sorted(TABLES.glob("*.yaml"))}
     total = hashlib.sha256()
-    for path in [*sorted(code), *map(table_path, TABLES)]:
-        inside = path.suffix != ".yaml"
-        name = path.relative_to(PACKAGE).as_posix() if inside else path.name
+    for name, path in files.items():
         total.update(f"{name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
 

@@ -41,8 +41,8 @@ def repair(folder: Path) -> list[str]:
                 try:
                     with logs.Log(fresh, writable=False) as copy:  # which checks every line of it
                         records = sum(map(len, copy.index.values()))
-                except DistillError:
-                    what = "the copy differs from the original, which is kept"
+                except DistillError as error:
+                    what = f"the copy cannot be read: {error.what}; the original is kept"
                     raise DistillError(Exit.STATE, fresh, what, "check disk and memory") from None
                 number = 1 + len(list(folder.parent.glob(f"{folder.name}.damaged-*")))
                 report = {"kept": records, "losses": losses}

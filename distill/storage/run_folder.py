@@ -279,7 +279,7 @@ def differences(
     old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
     old |= unnamed(old, new)
     # which engine that was is a fact of its own
-    old |= {k: new.get(k) for k, v in old.items() if k.endswith(".engine") and v == "auto"}
+    old |= {k: new[k] for k in old.keys() & new if k.endswith(".engine") and old[k] == "auto"}
     settings, hashed = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
         before, after = _setting(old, key), _setting(new, key)

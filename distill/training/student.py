@@ -274,12 +274,12 @@ class Passes:
         """Return what `read` makes of so many tokens a pass."""
         from distill.storage.progress import say
 
-        try:
-            return read(self.tokens)
-        except torch.OutOfMemoryError:
-            if self.tokens < READ_TOKENS:
-                raise
-        self.tokens //= 4  # outside of the handler, which holds what is in memory
-        release_memory()
-        say(f"{self.what}: out of GPU memory: {self.tokens} tokens a pass from here on")
-        return read(self.tokens)
+        while True:
+            try:
+                return read(self.tokens)
+            except torch.OutOfMemoryError:
+                if self.tokens < READ_TOKENS // 16:
+                    raise
+            self.tokens //= 4  # outside of the handler, which holds what is in memory
+            release_memory()
+            say(f"{self.what}: out of GPU memory: {self.tokens} tokens a pass from here on")

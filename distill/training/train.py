@@ -136,10 +136,16 @@ class Loop:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
             raise DistillError(Exit.TRAINING, saved.folder, what, fix)
         adapter, progress = saved.tensors("adapter"), Progress(**saved.state())
+        best, step = saved.tensors("best"), progress.best_step
+        # Once a CPU's snapshot of the best step shared the weights' memory, and moved with them.
+        moved = bool(best) and step != progress.step
+        if moved and all(torch.equal(best[name], value) for name, value in adapter.items()):
+            lost = f"the best weights, of step {step}, are lost to those of step {progress.step}"
+            raise DistillError(Exit.TRAINING, saved.folder, lost, "--redo train")
         adapters.restore(parts.model, adapter, saved.folder)
         if len(progress.skipped) < progress.step:  # else the optimizer has not begun
             adapters.restore_optimizer(self.optimizer, self.named, saved.tensors("optimizer"))
-        self.progress, self.best = progress, saved.tensors("best")
+        self.progress, self.best = progress, best
         if changes:
             progress.notes.append(f"resumed inexactly at step {progress.step}: {what}")
         memory = saved.facts.get("memory", saved.facts["run"])

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config.teachers import Engine, Engines, LocalTeacher
 from distill.config.values import SAFE, Trust
@@ -20,7 +20,7 @@ from distill.models.chat_template import encode_prompt, template_hash
 from distill.models.devices import pick_dtype
 from distill.models.download import cache_folder
 from distill.models.gguf_file import write_gguf
-from distill.models.loading import context_length, load_model, load_tokenizer
+from distill.models.loading import context_length, decoder_config, load_model, load_tokenizer
 from distill.models.registry import fetch, folder_facts, identity
 from distill.records import digest
 from distill.responders.engines import (
@@ -76,7 +76,7 @@ class EngineResponder:
         )
         self.folder = fetch(reference, revision, trust)
         self.gguf = cache_folder() / "gguf" / f"{self.origin[:24]}-F16.gguf"
-        self.most = context_length(AutoConfig.from_pretrained(self.folder))
+        self.most = context_length(decoder_config(self.folder, trust)[0])
         self._load = partial(load_model, reference, dtype, revision, trust)
         self.server: EngineServer | None = None
         self.context = self.rows = 0  # of the server
