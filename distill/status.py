@@ -78,12 +78,10 @@ def with_sums(status: StageStatus, entries: Sequence[LedgerEntry]) -> StageStatu
     if not entries:
         return status
     dollars = [entry.dollars for entry in entries if entry.dollars is not None]
-    sums = {
-        key: sum(getattr(entry, key) for entry in entries)
-        for key in ("seconds", "input_tokens", "output_tokens")
-    }
-    paid = sum(dollars, Decimal(0)) if dollars else None
-    return status.model_copy(update={**sums, "dollars": paid})
+    keys = ("seconds", "input_tokens", "output_tokens")
+    sums = {key: sum(getattr(entry, key) for entry in entries) for key in keys}
+    sums["dollars"] = sum(dollars, Decimal(0)) if dollars else None
+    return status.model_copy(update=sums)
 
 
 def show(status: Status) -> Group:

@@ -2,7 +2,8 @@
 
 What has the form of a private thing and passes its check becomes `[EMAIL]`, `[PHONE]` and so on;
 keys are those of configs/tables/secret_patterns.yaml. What standards set aside for examples stays.
-Names and postal addresses are not looked for. Every pattern is bounded: hostile text takes linear time.
+Names and postal addresses are not looked for. Every pattern is bounded: hostile text takes linear
+time.
 """
 
 import re

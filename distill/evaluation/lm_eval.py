@@ -46,10 +46,9 @@ def main(run: Run, tasks: str, limit: int | None, include: Path | None) -> Harne
     with run.lock():
         responder, facts = student_responder(run, "student")
         try:
+            model = HFLM(pretrained=responder.network, tokenizer=responder.tokenizer, batch_size=8)
             results = harness.simple_evaluate(
-                model=HFLM(
-                    pretrained=responder.network, tokenizer=responder.tokenizer, batch_size=8
-                ),
+                model=model,
                 tasks=names,
                 limit=limit,
                 apply_chat_template=True,

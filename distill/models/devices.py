@@ -157,7 +157,6 @@ class Gpu:
     tflops: float
     bf16: bool = True
     gigabytes: float
-    gigabytes_per_second: float
     source: str
 
 

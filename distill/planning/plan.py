@@ -101,8 +101,7 @@ def require_length(config: Config, work: Work) -> None:
 def types_of(config: Config) -> list[str]:
     """Return the types in which the models of a config compute."""
     teachers = [config.teacher, *([config.soft_teacher()] if config.distributions else [])]
-    types = [teacher.dtype for teacher in teachers if isinstance(teacher, LocalTeacher)]
-    return [*types, config.student.dtype]
+    return [*(t.dtype for t in teachers if isinstance(t, LocalTeacher)), config.student.dtype]
 
 
 def show(plan: RunPlan) -> Group:

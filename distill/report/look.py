@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
 
@@ -200,8 +198,8 @@ def questions() -> Iterator[str]:
     terminal = sys.stdin.isatty()
     if terminal:
         say("Ctrl-D or /quit ends, /new begins a new conversation")
-        if find_spec("readline"):  # by which `input` lets a line be edited
-            import_module("readline")
+        with suppress(ImportError):  # by it `input` lets a line be edited
+            import readline  # noqa: F401
     with suppress(EOFError):
         while (line := input("> " if terminal else "").strip()) != "/quit":
             if line:

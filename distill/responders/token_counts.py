@@ -19,10 +19,9 @@ def token_counter(model: str) -> Callable[[str], int] | None:
     """Return what counts a text's tokens as `model` does; None without its tokenizer here."""
     rows = [row for row in registry.table().values() if model in (row.name, row.hub_id)]
     folders = [download.converted_folder(row.name, row.gguf) for row in rows if row.gguf]
-    if registry.is_folder(model):
-        folders = [Path(model)]
-    paths = [folder / "tokenizer.json" for folder in folders]
-    if not registry.is_folder(model):
+    local = registry.is_folder(model)
+    paths = [folder / "tokenizer.json" for folder in ([Path(model)] if local else folders)]
+    if not local:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 

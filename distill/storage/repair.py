@@ -52,9 +52,8 @@ def repair(folder: Path) -> list[str]:
         fresh.rename(folder)
         fsync_folder(folder.parent)
     report = read_json(folder / "repair.json")
-    original = folder.with_name(report["original"])
-    head = f"{report['kept']} records are intact; the original is kept in {original}"
-    return [head, *map(str, report["losses"])]
+    original = f"the original is kept in {folder.with_name(report['original'])}"
+    return [f"{report['kept']} records are intact; {original}", *map(str, report["losses"])]
 
 
 def _intact(

@@ -129,8 +129,7 @@ class Loop:
         facts = {key: value for key, value in saved.facts["run"].items() if key not in MEMORY}
         # an earlier distill did not say what it ran on
         hardware = {key: parts.facts[key] for key in HARDWARE if key in parts.facts}
-        former = {**hardware, **facts}
-        changes = differences(former, parts.facts)
+        changes = differences({**hardware, **facts}, parts.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
         if changes and not allow_inexact:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
