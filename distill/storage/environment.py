@@ -84,10 +84,8 @@ def code_hash() -> str:
     code.append(PACKAGE / "tasks/sandbox/refused_calls.txt")
     files = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(code)}
     files |= {path.name: path for path in sorted(TABLES.glob("*.yaml"))}
-    total = hashlib.sha256()
-    for name, path in files.items():
-        total.update(f"{name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
+    parts = [f"{n}\n".encode() + hashlib.sha256(p.read_bytes()).digest() for n, p in files.items()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @cache
