@@ -199,8 +199,9 @@ def show_plan(
         estimate = plan.make_plan(run, origin)
     except DistillError as error:  # what keeps a run from being planned is one problem among others
         problems.append(error)
-    problems += preflight.foreseen(run, estimate is None or estimate.machine.here)
-    problems = list({str(error): error for error in problems}.values())
+    look = preflight.Look(run, here=estimate is None or estimate.machine.here)
+    look.at_all()  # but for programs, which a flag allows
+    problems = list(({str(error): error for error in problems} | look.problems).values())
     if as_json:
         facts = estimate.model_dump(mode="json") if estimate else {}
         lines = [f"{error} (exit {error.code:d})" for error in problems]

@@ -17,7 +17,9 @@ UNKNOWN = "–"
 MINUS = "−"
 HARD = "\u00a0"  # a space that no line breaks at
 UNDECIDED = "(undecided)"  # in place of an interval that says more than is decided
-INTERVAL = r"\[[\d\s.,+$%−–]*\](?![(\[:])"  # brackets around figures are no link
+INTERVAL = (
+    r"\[(?:[\d\s.,+$%−–]|\d\s(?:min|s|h))*\](?![(\[:])"  # brackets around figures are no link
+)
 # What Markdown or HTML would take for markup; `_` only at the border of a word.
 MARKUP = re.compile(
     rf"(?P<figures>{INTERVAL})|(?P<html>[<>]|&(?=#?\w+;))"

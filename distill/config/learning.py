@@ -96,8 +96,7 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input, against overfitting."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: all-linear, a regular expression, or a list of names; never the
-    embedding or the head."""
+    """Layers with an adapter: all-linear, a regular expression, a list; not embedding or head."""
 
 
 class Loss(Section):

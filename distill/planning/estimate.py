@@ -27,7 +27,7 @@ from distill.training.soft_labels.cache import expected_bytes
 RETAINED = 0.85  # of the answers, by the filters: 224 of 264 on the quickstart
 READING = 1e6  # bytes of corpus that are cleaned, deduplicated and made into prompts in a second
 START = 4.0  # seconds to load a model
-TIMED = {"quick": 11.0, "full": 240.0}  # seconds of a model's timings
+TIMED = {"quick": 11.0, "full": 170.0}  # seconds of a model's timings
 UNREAD_ROWS = 1000  # of a suite's dataset that is not read for a plan
 ITEM = 60  # tokens of a suite's question, those of the template included
 STORED = 7  # bytes in files for each byte of text: ids, JSON, responses twice

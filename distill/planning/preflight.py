@@ -53,13 +53,6 @@ def require(run: Run, stages: Sequence[Stage] = STAGES, redo: Sequence[Stage] = 
         say(f"device: the CPU; {line}")
 
 
-def foreseen(run: Run, here: bool) -> list[DistillError]:
-    """Return what would stop a run, of this machine only where it is planned for `here`."""
-    look = Look(run, here=here)
-    look.at_all()  # but for programs, which a flag allows
-    return list(look.problems.values())
-
-
 def together(problems: Sequence[DistillError]) -> DistillError:
     """Return several problems as one error: the first, with the others as its notes."""
     for other in problems[1:]:

@@ -13,6 +13,7 @@ from distill.evaluation.scorecard import Economics, Saving, Scorecard, Way
 from distill.evaluation.statistics import Conclusion, Estimate
 from distill.formatting import (
     UNKNOWN,
+    Number,
     count,
     duration,
     estimate,
@@ -81,12 +82,17 @@ def span(amount: Estimate, documents: int | None, unit: str = "") -> str:
     return estimate(amount.value, amount.low, amount.high, money, unit, undecided)
 
 
+def whole_requests(requests: Number) -> str:
+    """Write a number of requests, rounded up to a whole one."""
+    return count(ceil(requests))
+
+
 def paid_back(row: Saving) -> str:
     """Write after how many requests, and after how long, the savings have paid for the student."""
     requests, days = row.break_even.requests.value, row.break_even.days.value
     if requests is None or days is None:
         return UNKNOWN
-    return f"{count(ceil(requests))} ({duration(DAY * float(days))})"
+    return f"{whole_requests(requests)} ({duration(DAY * float(days))})"
 
 
 def metric_rows(rows: Mapping[str, MetricRow]) -> TextTable:
