@@ -220,7 +220,7 @@ def test_a_copy_that_differs_takes_nobody_s_place(tmp_path, monkeypatch):
         write(path, (line.replace(b"answer 2 ", b"answer 9 ") for line in lines))
 
     monkeypatch.setattr("distill.storage.repair.write_atomic", garble)
-    assert "the copy differs" in str(fault(lambda: repair(folder)))
+    assert "the copy cannot be read: damaged record" in str(fault(lambda: repair(folder)))
     assert segment.read_bytes() == data
 
 
