@@ -80,8 +80,8 @@ def with_sums(status: StageStatus, entries: Sequence[LedgerEntry]) -> StageStatu
     dollars = [entry.dollars for entry in entries if entry.dollars is not None]
     keys = ("seconds", "input_tokens", "output_tokens")
     sums = {key: sum(getattr(entry, key) for entry in entries) for key in keys}
-    sums["dollars"] = sum(dollars, Decimal(0)) if dollars else None
-    return status.model_copy(update=sums)
+    paid = sum(dollars, Decimal(0)) if dollars else None
+    return status.model_copy(update={**sums, "dollars": paid})
 
 
 def show(status: Status) -> Group:
