@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what learns needs torch and PEFT alone
     from distill.records import AnswerLoss, Pair
     from distill.training.soft_labels.labels import CachedLabels, LiveLabels
 
-Result = TypeVar("Result")
+Passed = TypeVar("Passed")
 PROBE = (range(7), range(3, 10)), range(7, 19)  # ids of the probe's samples; the first in two ways
 
 
@@ -270,7 +270,7 @@ class Passes:
     def __init__(self, what: str) -> None:
         self.what, self.tokens = what, READ_TOKENS
 
-    def attempt(self, read: Callable[[int], Result]) -> Result:
+    def attempt(self, read: Callable[[int], Passed]) -> Passed:
         """Return what `read` makes of so many tokens a pass."""
         from distill.storage.progress import say
 
