@@ -76,9 +76,8 @@ def ask_responder(
     else:
         responder = LocalResponder.load(who)
     with Ask(responder, store) as ask:
-        return ask_suite(
-            ask, suite, as_teacher=bought and not student_view
-        ), name or responder.model
+        answers = ask_suite(ask, suite, as_teacher=bought and not student_view)
+        return answers, name or responder.model
 
 
 def read_answers(suite: Suite, path: Path) -> dict[str, Response]:

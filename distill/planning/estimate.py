@@ -12,7 +12,7 @@ from pydantic import computed_field
 
 from distill.config.teachers import LocalTeacher
 from distill.config.tree import Config
-from distill.evaluation.suites import amounts
+from distill.evaluation.suites import amounts, answer_limit
 from distill.formatting import count, money, size
 from distill.models import arithmetic, download, registry
 from distill.models.arithmetic import LoraTraining, Parts
@@ -174,8 +174,7 @@ class RunEstimate:
         A base that was not taught to be short writes more than the teacher.
         """
         config, items = self.config, self.work.prompts["heldout"]
-        limit = config.evaluation.max_new_tokens or config.teacher.max_new_tokens
-        requests = [(items, self.prompt, (self.answer + ANSWER * limit) / 2)]
+        requests = [(items, self.prompt, (self.answer + ANSWER * answer_limit(config)) / 2)]
         for many, most in amounts(config.evaluation.suites):
             requests.append((UNREAD_ROWS if many is None else many, ITEM, ANSWER * most))
         flops = sum(many * arithmetic.answer_flops(self.student, p, a) for many, p, a in requests)
@@ -230,7 +229,7 @@ class RunEstimate:
         if config.on_policy.rounds:
             answers = answering(student, width, self.prompt + config.on_policy.max_new_tokens, None)
             peaks["refine"] = highest(answers, peaks.get("signals", {}), peaks["train"])
-        tokens = self.prompt + (config.evaluation.max_new_tokens or teacher.max_new_tokens)
+        tokens = self.prompt + answer_limit(config)
         answers = answering(student, width, tokens, config.evaluation.concurrency)
         read = arithmetic.reading_bytes(student, width, kind)
         # a teacher that is here is timed too

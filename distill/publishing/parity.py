@@ -38,6 +38,7 @@ from distill.records import Item, Record, Response, digest
 from distill.responders.ask import Ask
 from distill.responders.engines import (
     BY_SCRIPT,
+    UNCUT,
     EngineServer,
     context_for,
     engine_version,
@@ -53,7 +54,6 @@ ANSWERS = 32  # on which weights are compared
 TOKENS = 16  # of each, so that the logits of all fit in memory
 TOP = 10  # of the runner's log-probabilities
 PARALLEL = 4  # requests that the runner answers at once
-GREEDY = {"top_k": 0, "min_p": 0.0}  # what llama.cpp cuts from a distribution by itself
 NO_RUNNER = f"llama.cpp is not installed ({BY_SCRIPT} llama.cpp)"
 ScoredText = tuple[list[int], int]  # ids of a rendered prompt with its answer; where that begins
 CLAIMS = {"inferior": "worse", "not inferior": "as good, within the margin"}
@@ -115,7 +115,7 @@ class FileResponder:
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Raw]:
         """Yield the answers as they come."""
-        return self.server.responder(self.model, PARALLEL, GREEDY).ask(requests)
+        return self.server.responder(self.model, PARALLEL, UNCUT).ask(requests)
 
 
 def measure(

@@ -35,6 +35,7 @@ LINES = 12  # of its log, where it does not
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 CACHE_GIB = "2"  # of vLLM's keys and values on a CPU
 ROOM = 256  # the context is a multiple of this many tokens
+UNCUT = {"top_k": 0, "min_p": 0.0}  # turns off what llama.cpp cuts from a distribution by itself
 BY_SCRIPT = "bash scripts/engines.sh"
 # Ends the engine, and what it has started, when this process ends in whatever way: the pipe closes.
 GUARD = """

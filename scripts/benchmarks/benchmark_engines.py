@@ -24,6 +24,7 @@ from rich.table import Table
 from distill.config.teachers import LocalTeacher
 from distill.errors import DistillError
 from distill.evaluation.answering import LEAST, TOKENS, timed
+from distill.formatting import figure
 from distill.records import HEADLINE, Prompt
 from distill.responders.kinds import make_responder
 from distill.responders.local.served_model import EngineResponder
@@ -91,7 +92,7 @@ def main() -> None:
             if isinstance(responder, EngineResponder):
                 with tempfile.TemporaryDirectory() as work:
                     share = check_timing(responder, prompts, Path(work) / "timing.jsonl")
-                say(f"{engine}: a timing is {share:.3f} of a bare client's")
+                say(f"{engine}: a timing is {figure(share, 3)} of a bare client's")
                 responder.close()
         return
     for engine in arguments.engines:

@@ -24,6 +24,7 @@ from distill.models.loading import context_length, decoder_config, load_model, l
 from distill.models.registry import fetch, folder_facts, identity
 from distill.records import digest
 from distill.responders.engines import (
+    UNCUT,
     EngineServer,
     context_for,
     engine_version,
@@ -122,7 +123,7 @@ class EngineResponder:
         """Return the fields that turn off what an engine cuts from a distribution by itself, and
         the use of prompts that it has read at another time."""
         if self.engine == "llama.cpp":
-            return {"top_k": 0, "min_p": 0.0, "cache_prompt": not self.fresh}
+            return {**UNCUT, "cache_prompt": not self.fresh}
         ends = sorted(end_of_turn(self.tokenizer, self.date))
         return {"stop_token_ids": ends, "cache_salt": secrets.token_hex(8)}
 
