@@ -14,7 +14,7 @@ from distill.generation.filters import CONTAMINATED, Dropped
 from distill.records import Pair
 from distill.storage.files import read_json, read_records, sha256_file, write_records
 from distill.storage.run_folder import Run
-from distill.training import train
+from distill.training import inner_run, train
 from distill.training.adapters import WEIGHTS
 from distill.training.soft_labels import on_policy
 from distill.training.soft_labels.cache import SignalCache
@@ -117,7 +117,7 @@ def test_a_killed_round_goes_on_to_the_same_bits(unbroken, call):
 
 def test_a_round_that_is_done_asks_and_reads_nothing_again(unbroken, monkeypatch):
     _, run = unbroken
-    monkeypatch.setattr(on_policy, "Ask", None)
+    monkeypatch.setattr(inner_run, "Ask", None)
     monkeypatch.setattr(SignalCache, "append", None)
     before = outcome(run)
     on_policy.main(run)
@@ -144,7 +144,7 @@ def test_prompts_whose_answer_was_dropped_are_asked_but_none_that_leaks(tmp_path
         dropped(other, "validation", "empty"),
     ]
     write_records(run.path("dropped.jsonl"), rows)
-    found = {prompt.id for prompt in on_policy.training_prompts(run)}
+    found = {prompt.id for prompt in inner_run.training_prompts(run)}
     assert found == {pair.prompt.id for pair in [*kept, wrong]}
 
 

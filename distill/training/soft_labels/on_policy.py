@@ -11,46 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.learning import SOFT
-from distill.generation.filters import CONTAMINATED, Dropped
 from distill.models.devices import release_memory
-from distill.reasoning import join_thought
 from distill.records import Pair, Prompt
-from distill.responders.ask import Ask
-from distill.responders.local.local_model import LocalResponder
-from distill.responders.responder import Request, Sampling
+from distill.responders.responder import Sampling
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training import train
 from distill.training.adapters import write_merged
 from distill.training.batches import order
+from distill.training.inner_run import InnerRun, student_answers, training_prompts
 from distill.training.soft_labels import capture
 
 SUMMARY = ("steps", "best_step", "adapter_step", "tokens", "seconds", "history", "validation")
 SALT = 1_000_003  # apart from the epochs of training, whose order is drawn from (seed, epoch)
 
 
-class Round(Run):
-    """Round `number` (from 1) of a run; what it spends is entered there.
-
-    Its config is that of one epoch towards the teacher's distributions alone, in the shared store.
-    """
+class Round(InnerRun):
+    """Round `number` (from 1): one epoch towards the teacher's distributions alone."""
 
     def __init__(self, outer: Run, number: int) -> None:
         config, settings = outer.config, outer.config.on_policy
         none = dict.fromkeys(("ce", *SOFT), 0.0)
         mix = {**none, settings.divergence: 1.0, "teacher": "cached"}
-        train_changes = {
+        changes = {
             "loss": config.train.loss.model_copy(update=mix),
             "seed": config.train_seed + number,
             "learning_rate": settings.learning_rate,
             **{"num_train_epochs": 1, "max_steps": None, "num_processes": None},
             "report_to": "none",
         }
-        changes = {"name": f"round-{number}", "runs": outer.path("refined")}
-        changes |= {"train": config.train.model_copy(update=train_changes)}
-        super().__init__(config.model_copy(update={**changes, "store": config.store_folder()}))
-        self.outer, self.number, self.ledger = outer, number, outer.ledger
+        train_changes = config.train.model_copy(update=changes)
+        super().__init__(outer, f"refined/round-{number}", train=train_changes)
+        self.number = number
 
 
 def main(run: Run) -> None:
@@ -85,7 +78,15 @@ def refine(current: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
     config = current.config
     say(f"refine: round {current.number} of {config.on_policy.rounds}")
     samples = order(len(prompts), config.train_seed, SALT)[: config.on_policy.prompts]
-    pairs = student_answers(current, [prompts[i] for i in samples], adapter)
+    asked = [prompts[i] for i in samples]
+    shape = config.on_policy.model_dump(include={"temperature", "top_p", "max_new_tokens"})
+    title = f"student, round {current.number}"
+    responses = student_answers(current, asked, adapter, Sampling(**shape), title)
+    pairs = [
+        Pair(prompt=prompt, response=response)
+        for prompt, response in zip(asked, responses, strict=True)
+        if response.text.strip() and response.stop != "error"
+    ]
     write_records(current.path("dataset/train.jsonl"), pairs)
     validation = current.outer.path("dataset/validation.jsonl")
     if validation.exists():
@@ -93,40 +94,3 @@ def refine(current: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
     capture.main(current)
     release_memory()
     train.main(current, start=adapter)
-
-
-def training_prompts(run: Run) -> list[Prompt]:
-    """Return the prompts of the train split, but for those contaminated by held-out text.
-
-    Those whose answer the filters dropped are included.
-    """
-    trained = [pair.prompt for pair in read_records(run.path("dataset/train.jsonl"), Pair)]
-    rows = read_records(run.path("dropped.jsonl"), Dropped)
-    gone = {r.prompt_id for r in rows if r.split == "train" and r.reason != CONTAMINATED}
-    paths = [path for path in map(run.path, ("prompts.jsonl", "questions.jsonl")) if path.exists()]
-    more = [p for path in paths for p in read_records(path, Prompt) if p.id in gone]
-    by_id = {prompt.id: prompt for prompt in [*trained, *more]}
-    return [by_id[name] for name in sorted(by_id)]
-
-
-def student_answers(current: Round, prompts: Sequence[Prompt], adapter: Path) -> list[Pair]:
-    """Let the student answer, at most as long as the config says, without the empty answers."""
-    config, settings, student = current.config, current.config.on_policy, current.config.student
-    model = (student.model, student.dtype, student.revision, config.template_date)
-    template = {"template": student.chat_template_kwargs, "reasoning": config.reasoning}
-    responder = LocalResponder.load(*model, adapter=adapter, trust=student.trust, **template)
-    shape = settings.model_dump(include={"temperature", "top_p", "max_new_tokens"})
-    sampling, pairs = Sampling(**shape), list[Pair]()
-    requests = [Request.make(responder.origin, p.id, p.messages, sampling) for p in prompts]
-    with Ask(responder, config.store_folder() / "responses", current) as ask:
-        responses = ask.responses(requests, f"student, round {current.number}")
-    del responder, ask
-    release_memory()
-    for prompt, response in zip(prompts, responses, strict=True):
-        text = response.text
-        if config.reasoning == "keep" and response.reasoning:
-            text = join_thought(text, response.reasoning)
-        if text.strip() and response.stop != "error":
-            response = response.model_copy(update={"text": text})
-            pairs.append(Pair(prompt=prompt, response=response))
-    return pairs

@@ -1,0 +1,73 @@
+"""A run inside a run: a round or a trial, which shares the store and the ledger of the outer one.
+
+It goes on where it was after a kill, as any run does, and what it asks is asked once for all runs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.generation.filters import CONTAMINATED, Dropped
+from distill.models.devices import release_memory
+from distill.reasoning import join_thought
+from distill.records import Pair, Prompt, Response
+from distill.responders.ask import Ask
+from distill.responders.local.local_model import LocalResponder
+from distill.responders.responder import Request, Sampling
+from distill.storage.files import read_records
+from distill.storage.run_folder import Run
+
+
+class InnerRun(Run):
+    """The run in `folder` below `outer`, with some other sections; what it spends enters there."""
+
+    def __init__(self, outer: Run, folder: str, **sections: object) -> None:
+        place = outer.path(folder)
+        named = {"name": place.name, "runs": place.parent, "store": outer.config.store_folder()}
+        super().__init__(outer.config.model_copy(update={**named, **sections}))
+        self.outer, self.ledger = outer, outer.ledger
+
+
+def training_prompts(run: Run) -> list[Prompt]:
+    """Return the prompts of the train split, but for those contaminated by held-out text.
+
+    Those whose answer the filters dropped are included.
+    """
+    trained = [pair.prompt for pair in read_records(run.path("dataset/train.jsonl"), Pair)]
+    rows = read_records(run.path("dropped.jsonl"), Dropped)
+    gone = {r.prompt_id for r in rows if r.split == "train" and r.reason != CONTAMINATED}
+    paths = [path for path in map(run.path, ("prompts.jsonl", "questions.jsonl")) if path.exists()]
+    more = [p for path in paths for p in read_records(path, Prompt) if p.id in gone]
+    by_id = {prompt.id: prompt for prompt in [*trained, *more]}
+    return [by_id[name] for name in sorted(by_id)]
+
+
+def student_answers(
+    run: Run,
+    prompts: Sequence[Prompt],
+    adapter: Path | None,
+    sampling: Sampling,
+    title: str,
+    samples: int = 1,
+) -> list[Response]:
+    """Let the student with `adapter`, or the base, answer each prompt `samples` times, in order.
+
+    Where reasoning is kept, it stands in the text, as it will be trained on.
+    """
+    config, student = run.config, run.config.student
+    model = (student.model, student.dtype, student.revision, config.template_date)
+    template = {"template": student.chat_template_kwargs, "reasoning": config.reasoning}
+    responder = LocalResponder.load(*model, adapter=adapter, trust=student.trust, **template)
+    asked = [
+        Request.make(responder.origin, prompt.id, prompt.messages, sampling, sample)
+        for prompt in prompts
+        for sample in range(samples)
+    ]
+    with Ask(responder, config.store_folder() / "responses", run) as ask:
+        responses = ask.responses(asked, title)
+    del responder, ask
+    release_memory()
+    if config.reasoning == "keep":
+        joined = (join_thought(r.text, r.reasoning) if r.reasoning else r.text for r in responses)
+        texts = zip(responses, joined, strict=True)
+        responses = [response.model_copy(update={"text": text}) for response, text in texts]
+    return responses
