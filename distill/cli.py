@@ -30,8 +30,6 @@ app = typer.Typer(
 )
 RUN, STEP, LOOK, PUBLISH = "Run", "Run one stage", "Look", "Publish"
 KEEP = "Keep models and answers"
-STUDENT = "smollm2-135m-instruct"
-STORE, SUITES = Path("runs/.store/responses"), Path("runs/.suites")
 
 
 def argument(metavar: str, text: str) -> ArgumentInfo:
@@ -77,19 +75,13 @@ def show_scorecard(folder: Path) -> None:
 @app.command(rich_help_panel=RUN)
 def init(
     folder: Annotated[Path, argument("FOLDER", "Where the config is written.")],
-    corpus: Annotated[
-        Path | None, option("PATH", "Documents or rows; else those in FOLDER.")
-    ] = None,
+    corpus: Annotated[Path | None, option("PATH", "Documents or rows; else FOLDER's.")] = None,
     teacher: Annotated[
         str, option("MODEL", "A model here, or a server's name for one.")
     ] = "qwen2.5-coder-0.5b-instruct",
-    base_url: Annotated[
-        str | None, option("URL", "The server that answers, https://HOST/v1.")
-    ] = None,
-    api_key_env: Annotated[
-        str | None, option("NAME", "The variable that holds the server's key.")
-    ] = None,
-    student: Annotated[str, option("MODEL", "What learns.")] = STUDENT,
+    base_url: Annotated[str | None, option("URL", "Its server, https://HOST/v1.")] = None,
+    api_key_env: Annotated[str | None, option("NAME", "Variable with its key.")] = None,
+    student: Annotated[str, option("MODEL", "What learns.")] = "smollm2-135m-instruct",
 ) -> None:
     """Write a commented config from a corpus and a teacher, and show its plan."""
     from distill.planning import plan
@@ -194,14 +186,7 @@ def show_plan(
 
     run = open_run(config, overrides or ())
     origin = cost.pilot(run, pilot) if pilot else None
-    estimate, problems = None, list[DistillError]()
-    try:
-        estimate = plan.make_plan(run, origin)
-    except DistillError as error:  # what keeps a run from being planned is one problem among others
-        problems.append(error)
-    look = preflight.Look(run, here=estimate is None or estimate.machine.here)
-    look.at_all()  # but for programs, which a flag allows
-    problems = list(({str(error): error for error in problems} | look.problems).values())
+    estimate, problems = plan.plan_and_problems(run, origin)
     if as_json:
         facts = estimate.model_dump(mode="json") if estimate else {}
         lines = [f"{error} (exit {error.code:d})" for error in problems]
@@ -292,8 +277,8 @@ def score(
     responder: Annotated[str, option("WHO", "A run, a model, a config, or a file of answers.")],
     data: Annotated[Path | None, option("FILE", "Its questions.")] = None,
     name: Annotated[str | None, typer.Option(help="What the responder is called.")] = None,
-    store: Annotated[Path, option("DIR", "Shared answers.")] = STORE,
-    out: Annotated[Path, option("DIR", "For scores and answers.")] = SUITES,
+    store: Annotated[Path, option("DIR", "Shared answers.")] = Path("runs/.store/responses"),
+    out: Annotated[Path, option("DIR", "For scores and answers.")] = Path("runs/.suites"),
     student_view: Annotated[bool, typer.Option("--student-view", help="Ask as a student.")] = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -357,13 +342,8 @@ def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Download and verify the models of a config, so that it can run offline."""
     from distill.models.registry import fetch as fetch_model
 
-    settings = open_run(config, overrides or ()).config
-    if settings.teacher.runs_here:
-        fetch_model(settings.teacher.model, settings.teacher.revision)
-    student = settings.student
-    if settings.distributions and settings.reader()[0] != student.model:
-        fetch_model(*settings.reader())
-    fetch_model(student.model, student.revision, student.trust)
+    for model in open_run(config, overrides or ()).config.models():
+        fetch_model(*model)
 
 
 @app.command(rich_help_panel=KEEP)

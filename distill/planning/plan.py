@@ -18,6 +18,7 @@ from distill.pipeline import STAGES
 from distill.planning.cost import TeacherCost, teacher_cost
 from distill.planning.estimate import RunEstimate, StageMemory, StagePlan
 from distill.planning.machine import Machine, find_machine, measure
+from distill.planning.preflight import Look
 from distill.planning.work import Work, count_work, text_of
 from distill.records import Record
 from distill.responders.endpoint.network import ways
@@ -86,6 +87,18 @@ def make_plan(
         disk_free=shutil.disk_usage(place).free,
         notes=tuple(notes),
     )
+
+
+def plan_and_problems(run: Run, origin: str | None) -> tuple[RunPlan | None, list[DistillError]]:
+    """Return a run's plan, where one can be made, and all that would stop the run."""
+    estimate, unplanned = None, dict[str, DistillError]()
+    try:
+        estimate = make_plan(run, origin)
+    except DistillError as error:
+        unplanned[str(error)] = error
+    look = Look(run, here=estimate is None or estimate.machine.here)
+    look.at_all()  # but for programs, which a flag allows
+    return estimate, list((unplanned | look.problems).values())
 
 
 def require_length(config: Config, work: Work) -> None:
