@@ -138,7 +138,8 @@ def _from_caps(config: Config, size: int) -> Work:
     held = {split: getattr(corpus.split, split) for split in SPLITS[1:]}
     shares = {"train": max(0.1, 1 - sum(part for part in held.values() if part < 1)), **held}
     for split, share in shares.items():
-        of_split, cap = documents * share if share < 1 else share, getattr(settings, split)
+        part = share < 1 or split == "train"  # a count else
+        of_split, cap = documents * share if part else share, getattr(settings, split)
         counts[split] = min(tasks * of_split, math.inf if cap is None else cap)
         counts[split] += questions * of_split if questions else 0  # which no cap holds
     if math.inf in counts.values():

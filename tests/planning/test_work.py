@@ -76,7 +76,7 @@ def test_answers_that_the_corpus_brings_have_their_own_length(tmp_path):
 
 def test_a_dataset_of_the_hub_is_counted_by_its_caps_alone():
     work = count_work(shipped("gsm8k"))
-    assert work.prompts == {"train": 2000, "validation": 400, "heldout": 400} and not work.texts
+    assert work.prompts == {"train": 500, "validation": 400, "heldout": 1300} and not work.texts
     with pytest.raises(DistillError) as caught:
         count_work(shipped("gsm8k", "prompts.train=null"))
     assert caught.value.code == Exit.INPUT and "corpus.limit" in str(caught.value)
