@@ -1,15 +1,18 @@
 """`distill verify RUN`: is a finished run what it says it is? Loads no model and writes nothing.
 
 The files have the hashes that were recorded; the stored answers give the same scores, scorecard and
-report again, byte for byte; and answers, adapter, model and release belong together.
+report again, byte for byte; and answers, adapter, model and release belong together. The manifest's
+seal covers the hash of every stage's marker, and a marker that of every file of its stage: one
+number stands for the run.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Group
 
@@ -20,27 +23,20 @@ from distill.evaluation.suites import Suite, held_out_items
 from distill.formatting import table
 from distill.models.registry import folder_digest
 from distill.pipeline import STAGES
-from distill.records import Response
+from distill.records import LedgerEntry, Response
 from distill.report import report
 from distill.responders.responder import Request, Sampling
 from distill.responders.store import ResponseStore
 from distill.storage.environment import environment
-from distill.storage.evidence import (
-    APART,
-    CONFIG,
-    LEDGER,
-    MANIFEST,
-    Check,
-    RunEvidence,
-    check_files,
-    verdict,
-)
 from distill.storage.files import read_json, read_records, sha256_file
-from distill.storage.run_folder import SEAL, Run, open_run
+from distill.storage.run_folder import SEAL, Run, open_run, sealed
 from distill.tasks.checkers import KINDS, RUNS_CODE
 from distill.tasks.sandbox.programs import allowed
 from distill.tasks.task import TASKS_FILE
 
+MANIFEST, CONFIG, LEDGER = "manifest.json", "config.json", "ledger.jsonl"
+# A lock, what --redo set aside, a release that was not finished
+APART = (".lock", ".old", ".release")
 MEASURED = ("scores/", "requests.jsonl", "evaluation.json")
 REPORTED = ("scorecard.json", "scorecard.md", "report.html")
 WORDED = REPORTED[1:]  # from scorecard.json and samples, in words that may change
@@ -57,12 +53,110 @@ TITLES = {
 }
 
 
+class Check(NamedTuple):
+    """One thing that was looked at: its kind, what, how it stands, and where or why it differs."""
+
+    kind: str
+    what: str
+    state: Literal["same", "differs", "missing", "skipped"]
+    where: str = ""
+
+
+def verdict(kind: str, what: str, same: bool, where: str = "not as recorded") -> Check:
+    """Return the check of something that is the same, or differs for the reason given."""
+    return Check(kind, what, "same") if same else Check(kind, what, "differs", where)
+
+
+class RunEvidence:
+    """Manifest, markers and ledger of a run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, read_tree(folder / MANIFEST)
+        done = self.manifest.get("stages", {})
+        performed = [s for s in STAGES if s.name in done or (folder / s.marker).exists()]
+        self.markers = {stage: read_tree(folder / stage.marker) for stage in performed}
+
+    @cached_property
+    def hashes(self) -> dict[str, str | None]:
+        """Return the hash that was recorded of every file; None where a file should have one."""
+        hashes: dict[str, str | None] = {CONFIG: self.manifest.get("config_sha256")}
+        for stage, marker in self.markers.items():
+            facts = self.manifest.get("stages", {}).get(stage.name, {})
+            hashes |= {stage.marker: facts.get("marker"), **marker.get("outputs", {})}
+        for files in self.manifest.get("sources", {}).get("external", {}).values():
+            hashes |= files
+        return hashes | self.manifest.get("release", {})
+
+    def compared(self, kind: str, name: str) -> Check:
+        """Hold one file against the hash that was recorded of it."""
+        path, recorded = self.folder / name, self.hashes.get(name)
+        if not path.is_file() or not recorded:
+            what = "no hash of it was recorded" if path.is_file() else "the file is not there"
+            return Check(kind, name, "missing", what)
+        return verdict(kind, name, sha256_file(path) == recorded)
+
+    def ledger_at(self, stage: str, after: bool = False) -> bytes | None:
+        """Return the ledger as a stage found it, or `after` its entry; None where it has none."""
+        path, size, end = self.folder / LEDGER, 0, None
+        begun = next((m.get("begun") for s, m in self.markers.items() if s.name == stage), None)
+        content = path.read_bytes() if path.is_file() else b""
+        for line in content.splitlines(keepends=True):
+            try:
+                entry = LedgerEntry.model_validate_json(line)
+            except ValueError:
+                return None
+            if (entry.stage, entry.started) == (stage, begun):
+                end = size + len(line) * after
+            size += len(line)
+        return None if end is None else content[:end]
+
+    def outside(self) -> list[str]:
+        """Return the run's files of which nothing was recorded: a change in them is not seen."""
+        files = [p.relative_to(self.folder) for p in self.folder.rglob("*") if p.is_file()]
+        return sorted({f.as_posix() for f in files} - {MANIFEST, LEDGER, *self.hashes})
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a file of a run, of which what is damaged counts as nothing: its hash has shown it."""
+    try:
+        facts = read_json(path)
+    except DistillError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def check_files(evidence: RunEvidence) -> Iterator[Check]:
+    """Hold all files against what was recorded, and what stages read against what others wrote."""
+    path = evidence.folder / MANIFEST
+    if path.is_file():
+        facts = {key: value for key, value in evidence.manifest.items() if key != SEAL}
+        yield verdict("run", MANIFEST, path.read_bytes() == sealed(facts).encode(), "not as sealed")
+    else:
+        yield Check("run", MANIFEST, "missing", "the file is not there")
+    yield evidence.compared("run", CONFIG)
+    for stage, marker in evidence.markers.items():
+        kind = stage.name
+        yield evidence.compared(kind, stage.marker)
+        if not marker.get("outputs"):
+            yield Check(kind, kind, "missing", "no finished stage says what it wrote")
+            continue
+        for name in marker["outputs"]:
+            yield evidence.compared(kind, name)
+        for name in stage.inputs:
+            if marker.get("fingerprint", {}).get(f"file {name}") != evidence.hashes.get(name):
+                yield Check(kind, name, "differs", f"{kind} read another file of that name")
+        ledger = hashlib.sha256(evidence.ledger_at(kind, after=True) or b"").hexdigest()
+        yield verdict(kind, f"{LEDGER} up to {kind}", ledger == marker.get("ledger"))
+    for kind, files in evidence.manifest.get("sources", {}).get("external", {}).items():
+        yield from (evidence.compared(kind, name) for name in files)
+
+
 def verify(folder: Path) -> list[Check]:
     """Look at all of a run; raises DistillError (exit 5) where the folder holds no finished run."""
     if not (folder / "stages/report.json").is_file():
         fix = "finish it: distill run CONFIG"
         raise DistillError(Exit.STATE, folder, "has no report to verify", fix)
-    evidence = RunEvidence(folder, STAGES)
+    evidence = RunEvidence(folder)
     checks = list(check_files(evidence))
     unread = (*NOT_READ, *MEASURED, *REPORTED)  # which nothing that is made again depends on
     bad = [check.what for check in failures(checks) if not check.what.startswith(unread)]
@@ -112,7 +206,7 @@ def _linked(evidence: RunEvidence, place: Path) -> Run:
     """Return a run elsewhere of links to what was recorded, with the report's ledger and name; what
     is written takes a link's place."""
     config = open_run(evidence.folder).config
-    name = _scorecard(evidence).get("name") or config.name
+    name = read_tree(evidence.folder / "scorecard.json").get("name") or config.name
     run = Run(config.model_copy(update={"name": name, "runs": place}), place / "run")
     for file in (MANIFEST, *evidence.hashes):
         if not file.startswith(("release/", *REPORTED)) and (evidence.folder / file).is_file():
@@ -120,14 +214,6 @@ def _linked(evidence: RunEvidence, place: Path) -> Run:
             run.path(file).symlink_to((evidence.folder / file).resolve())
     run.path(LEDGER).write_bytes(evidence.ledger_at("report") or b"")
     return run
-
-
-def _scorecard(evidence: RunEvidence) -> dict[str, Any]:
-    """Return the run's scorecard; nothing where it is damaged, which its hash has shown."""
-    with suppress(DistillError):
-        card = read_json(evidence.folder / "scorecard.json")
-        return card if isinstance(card, dict) else {}
-    return {}
 
 
 def _why_not_measured(run: Run, suites: Sequence[dict[str, Any]]) -> str | None:
@@ -227,7 +313,7 @@ def _together(evidence: RunEvidence) -> Iterator[Check]:
     student = read_json(folder / "answers/models.json")["student"]
     adapter, model = student.get("adapter_sha256"), student.get("model_sha256")
     last = "refined/" if f"refined/{WEIGHTS}" in evidence.hashes else ""
-    in_card = _scorecard(evidence).get("models", {}).get("student", {})
+    in_card = read_tree(folder / "scorecard.json").get("models", {}).get("student", {})
     trained = read_json(folder / f"{last}training.json")
     for what, sha256 in (
         (f"adapter of {last}training.json", trained.get("adapter_sha256")),
@@ -275,7 +361,7 @@ def show(folder: Path, checks: Sequence[Check]) -> Group:
         for check in mine:
             if check.state != "same":
                 rows.add_row(check.what, check.state, check.where)
-    evidence = RunEvidence(folder, STAGES)
+    evidence = RunEvidence(folder)
     free = [name for name in evidence.outside() if name.split("/")[0] not in APART]
     outside = [f"outside the evidence: {', '.join(free)}"] if free else []
     return Group(rows, *outside, f"seal: {evidence.manifest.get(SEAL)}")
@@ -283,7 +369,7 @@ def show(folder: Path, checks: Sequence[Check]) -> Group:
 
 def as_facts(folder: Path, checks: Sequence[Check]) -> dict[str, object]:
     """Return the outcome for a script."""
-    evidence = RunEvidence(folder, STAGES)
+    evidence = RunEvidence(folder)
     return {
         "run": folder.name,
         "seal": evidence.manifest.get(SEAL),

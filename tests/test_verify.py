@@ -17,11 +17,10 @@ import pytest
 from distill import verify
 from distill.cli import main
 from distill.errors import DistillError, Exit
-from distill.pipeline import STAGES
 from distill.responders import prices
-from distill.storage.evidence import Check, RunEvidence
 from distill.storage.files import read_json, sha256_file, write_json
 from distill.storage.run_folder import open_run, sealed
+from distill.verify import Check, RunEvidence
 from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
 from tests.support.fake_hub import fake_hub, use_hub
@@ -101,7 +100,7 @@ def test_a_finished_run_is_whole_elsewhere_and_on_another_day(run, monkeypatch):
     stored = {check.what for check in checks if check.kind == "store"}
     assert {"responses.jsonl", "answers/base.jsonl", "answers/sums/student.jsonl"} < stored
     assert Check("release", "its model", "same") in checks
-    assert set(RunEvidence(run, STAGES).outside()) <= FREE
+    assert set(RunEvidence(run).outside()) <= FREE
 
 
 def test_the_command_says_so_and_needs_neither_torch_nor_network(run: Path) -> None:
@@ -124,7 +123,7 @@ def test_the_command_says_so_and_needs_neither_torch_nor_network(run: Path) -> N
 
 
 def test_nothing_that_was_made_names_a_folder_of_this_machine(finished: Path) -> None:
-    made = {**RunEvidence(finished / "runs/tiny", STAGES).hashes, "manifest.json": ""}
+    made = {**RunEvidence(finished / "runs/tiny").hashes, "manifest.json": ""}
     for name in set(made) - {"config.json"}:  # which says what the user wrote
         content = (finished / "runs/tiny" / name).read_bytes()
         assert str(finished).encode() not in content or name == "stages/evaluate.json", name
@@ -135,9 +134,7 @@ def test_one_changed_byte_of_any_file_is_found_and_named(run: Path) -> None:
         name, kept = path.relative_to(run).as_posix(), path.read_bytes()
         if kept:
             flip(path, len(kept) // 2)
-            found = bad(list(verify.check_files(RunEvidence(run, STAGES)))) or bad(
-                verify.verify(run)
-            )
+            found = bad(list(verify.check_files(RunEvidence(run)))) or bad(verify.verify(run))
             assert any(name in f"{c.what} {c.where}" or c.what in name for c in found), name
             path.write_bytes(kept)
     assert bad(verify.verify(run)) == []

@@ -9,18 +9,19 @@ earlier distill was evaluated by its adapter: its merged model is made now, and 
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.errors import DistillError, Exit
-from distill.evaluation.measurements import ModelFacts
+from distill.evaluation.measurements import MetricRow, ModelFacts
 from distill.evaluation.scorecard import Scorecard
 from distill.evaluation.suites import held_out_items
+from distill.formatting import signed
 from distill.models import registry
 from distill.models.chat_template import folds_system
 from distill.models.loading import load_tokenizer
 from distill.publishing.card import Facts, make_card
 from distill.publishing.formats import MODELFILE, kinds_of, modelfile, write_files
-from distill.publishing.gate import evidence, pass_gate
 from distill.publishing.obligations import (
     base_of,
     check_names,
@@ -39,6 +40,7 @@ from distill.training.adapters import WEIGHTS, merged_student
 ADAPTER = ("adapter_config.json", WEIGHTS, "base.json")
 REPORT = ("scorecard.json", "report.html")
 PARITY = "parity.json"
+ON_PURPOSE = 'or publish with --override "reason", which the card shows'
 
 
 def main(
@@ -101,7 +103,8 @@ def main(
 
 
 def evaluated(run: Run) -> Scorecard:
-    """Return the scorecard; raises DistillError (exit 9) where another student was evaluated."""
+    """Return the scorecard; raises DistillError (exit 9) where another student was evaluated, whose
+    figures the card would state: nothing overrides that."""
     adapter, path = run.trained("adapter") / WEIGHTS, run.path("scorecard.json")
     for file in (path, run.path("report.html"), adapter):
         if not file.is_file():
@@ -117,6 +120,48 @@ def evaluated(run: Run) -> Scorecard:
             what = f"evaluated was {what} {str(measured)[:12]}, here is {here[:12]}"
             raise DistillError(Exit.PUBLISH, path, what, "--redo evaluate")
     return scorecard
+
+
+def evidence(card: Scorecard) -> list[DistillError]:
+    """Return what speaks against a student: contamination, and that it is worse than its base.
+
+    Worse is over all checks, else by its loss on the teacher's answers. Where the difference is
+    undecided by the rule of all claims, the finding says so; it stands all the same.
+    """
+    findings, part = [], card.contamination
+    if part and part.flagged:  # the scores on these items say nothing
+        what = f"{part.flagged} of {part.n} items stand in the training data"
+        fix = "--redo corpus, which takes them out"
+        findings.append(DistillError(Exit.PUBLISH, "contamination", what, fix))
+    row = card.overall or MetricRow()
+    mean = row.student_minus_base.value
+    if mean is not None:
+        worse, what = mean < 0, f"{signed(100 * mean, 1)} points over all checks"
+    else:
+        row = card.agreement.get("nats_per_token", MetricRow())
+        mean = row.student_minus_base.value or 0.0
+        worse, what = mean > 0, f"{signed(mean, 3)} nats a token on the teacher's answers"
+    if worse:
+        decided = row.conclude("base")
+        what = f"is worse than its base: {what}"
+        if decided.verdict == "undecided":
+            what = what.replace("is worse", "measured worse") + f" (undecided: {decided.reason})"
+        fix = "train longer, on more answers, or on other settings"
+        findings.append(DistillError(Exit.PUBLISH, "the student", what, fix))
+    return findings
+
+
+def pass_gate(findings: Sequence[DistillError], override: str | None) -> list[str]:
+    """Return the findings that the card shows as overridden; without an override raise (exit 9)."""
+    if findings and override is None:
+        first, others = findings[0], len(findings) - 1
+        more = f" (and {others} more)" if others else ""
+        fix = f"{first.fix}; {ON_PURPOSE}"
+        raise DistillError(first.code, first.where, first.what + more, fix)
+    lines = [f"{finding.where} {finding.what}" for finding in findings]
+    for line in lines:
+        say(f"overridden: {line}")
+    return lines
 
 
 def add_models(run: Run, work: Path) -> None:

@@ -1,13 +1,11 @@
 """What a run is made with and by: code, versions, processor, GPU, threads, processes."""
 
-import ctypes
 import hashlib
 import os
 import platform
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -142,12 +140,6 @@ def check_world(stated: Mapping[str, int | None], world: int) -> None:
             what = f"{number} processes were asked for, {world} came"
             fix = f"accelerate launch --multi_gpu --num_processes {number} scripts/train.py CONFIG"
             raise DistillError(Exit.TRAINING, source, what, fix)
-
-
-def die_with_parent() -> None:
-    """End this process when its launcher dies, so that no orphan trains on (PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Interrupt:

@@ -22,7 +22,6 @@ from distill.errors import DistillError, Exit, one_line
 from distill.storage import files
 from distill.storage.environment import environment
 from distill.storage.ledger import Ledger, now
-from distill.storage.progress import say
 
 Fingerprint = dict[str, object]  # what a result depends on: dotted config keys, hashes of inputs
 StageState = Literal["fresh", "unfinished", "done", "stale"]
@@ -110,13 +109,13 @@ class Run:
         finished = mark.get("finished") is True
         absent = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
         old = {key: value for key, value in mark["fingerprint"].items() if key not in absent}
-        # What an earlier distill does not say of models in folders is what was recorded when it was
-        # accepted, else as the folder is now, but for the student's weights: the adapter knows them
+        # What an earlier distill does not say of models in folders is as the folder is now, but for
+        # the student's weights: the adapter knows them
         if added := unnamed(old, new):
             base = self.path("adapter/base.json")
             if "student" in added and base.is_file():
                 added["student"] = files.read_json(base).get("identity")
-            old = {**added, **self.manifest().get("accepted", {}).get(stage.name, {}), **old}
+            old = {**added, **old}
         # nor does it name the tables that it read
         old = {key: value for key, value in new.items() if key.startswith("table ")} | old
         ignored = set(MEMORY)
@@ -144,17 +143,10 @@ class Run:
 
     def perform(self, stage: Stage) -> bool:
         """Run the stage unless it is done; return whether it ran. Exit 5 where it is stale."""
-        if self.checked_state(stage) != "done":
-            self.do(stage)
-            return True
-        accepted = self.manifest().get("accepted", {})
-        added = unnamed(self._read_marker(stage)["fingerprint"], self.fingerprint(stage))
-        if added and stage.name not in accepted:
-            if not accepted:
-                what = "knows models in folders by their weights alone, which are the same"
-                say(f"{self.folder}: {what}; from now on their other files count too")
-            self.note("accepted", {**accepted, stage.name: added})
-        return False
+        if self.checked_state(stage) == "done":
+            return False
+        self.do(stage)
+        return True
 
     def do(self, stage: Stage) -> None:
         """Run the stage whatever its state, with its marker, signs of life and ledger entry."""

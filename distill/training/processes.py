@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from distill.errors import DistillError, Exit
 from distill.models.devices import device
-from distill.storage.environment import check_world, die_with_parent
+from distill.storage.environment import check_world
+from distill.tasks.sandbox.namespaces import die_with_parent
 
 TIMEOUT = timedelta(minutes=10)  # for a process that waits for another
 REFUSED = {

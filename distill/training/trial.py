@@ -23,8 +23,9 @@ from distill.models import registry
 from distill.models.chat_template import DATE, Reasoning
 from distill.models.download import cache_folder, converted_folder
 from distill.records import Message, digest
-from distill.storage.environment import code_hash, die_with_parent, installed
+from distill.storage.environment import code_hash, installed
 from distill.storage.files import write_json
+from distill.tasks.sandbox.namespaces import die_with_parent
 
 SECONDS = 5  # of the processor; a tokenizer of 262,144 tokens takes one
 MEGABYTES = 2048  # beside what the libraries take

@@ -218,29 +218,18 @@ def stored(folder: Path) -> int:
         return len(list(log.keys("response")))
 
 
-def test_a_finished_run_that_knows_the_weights_alone_is_accepted_once(
+def test_a_finished_run_that_knows_the_weights_alone_is_accepted(
     old: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count, scorecard = stored(old), (old / "runs/mine/scorecard.json").read_bytes()
     manifest = read_json(old / "runs/mine/stages/generate.json")
     assert not [key for key in manifest["fingerprint"] if " file " in key]
-    told = []
-    for _ in range(2):
-        assert main(["run", str(old / "c.yaml")]) == 0
-        lines = capsys.readouterr().err.splitlines()
-        assert [line for line in lines if line.endswith(": done")] == []
-        told.append([line for line in lines if "by their weights alone" in line])
-    assert [len(lines) for lines in told] == [1, 0]
+    assert main(["run", str(old / "c.yaml")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.endswith(": done")] == []
     assert stored(old) == count
     assert (old / "runs/mine/scorecard.json").read_bytes() == scorecard
     assert main(["verify", str(old / "runs/mine")]) == 0
-    for role, stage in (("student", "train"), ("teacher", "generate")):  # from now on they count
-        touch(old / role / "generation_config.json")
-        capsys.readouterr()
-        assert main(["run", str(old / "c.yaml")]) == Exit.STATE
-        said = capsys.readouterr().err
-        assert f"stage {stage} " in said
-        assert f"changed: {role} file generation_config.json" in said
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])

@@ -17,7 +17,7 @@ from distill.evaluation.measurements import MODELS, Difference, MetricRow, Model
 from distill.evaluation.scorecard import Costs, Economics, RequestCost, Scorecard, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
-from distill.publishing.gate import evidence
+from distill.publishing.publish import evidence
 from distill.records import Item, Message, Prompt, Response, Usage
 from distill.report import tables
 from distill.report.render import environment, parts

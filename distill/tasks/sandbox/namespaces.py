@@ -61,8 +61,9 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; a change of user takes that back."""
-    LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL)
+    """Have Linux kill this process when its parent ends; a change of user takes that back."""
+    if sys.platform == "linux":
+        LIBC.prctl(SET_PDEATHSIG, signal.SIGKILL)
 
 
 def enter(seconds: float) -> int:
