@@ -42,7 +42,7 @@ def write_config(folder: Path, suite: Path) -> Path:
         f"student: {{model: {BASE}, dtype: float32}}\n"
         "train: {max_steps: 2, tokens_per_step: 256, eval_steps: 1, save_steps: 1, max_length: 512,"
         " lora: {r: 2}}\n"
-        f"evaluation: {{machine: cpu-2-core, samples: 200, suites: ['{suite}']}}\n"
+        f"evaluation: {{machine: cpu-2-core, samples: 200, tries: {{n: 2}}, suites: ['{suite}']}}\n"
         "publish: {license: Apache-2.0}\n"
     )
     return folder / "c.yaml"
@@ -96,9 +96,11 @@ def test_a_finished_run_is_whole_elsewhere_and_on_another_day(run, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before, "it wrote into the run"
     again = {check.what for check in checks if check.kind == "again"}
     assert {"scores/student.jsonl", "scores/sums/student.jsonl", "requests.jsonl"} < again
+    assert "scores/tries.jsonl" in again
     assert {"evaluation.json", "scorecard.json", "scorecard.md", "report.html"} < again
     stored = {check.what for check in checks if check.kind == "store"}
     assert {"responses.jsonl", "answers/base.jsonl", "answers/sums/student.jsonl"} < stored
+    assert "answers/tries.jsonl" in stored
     assert Check("release", "its model", "same") in checks
     assert set(RunEvidence(run).outside()) <= FREE
 

@@ -178,6 +178,15 @@ class Filters(Section):
     """Names of your filters, after these; `distill.run(..., filters=[...])` fills it in."""
 
 
+class Tries(Section):
+    """How often the student answers a held-out prompt, where one of its answers is chosen."""
+
+    n: Annotated[int, Field(ge=2, le=1000)] = 8
+    """Answers to a prompt."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 0.7
+    """Sampling temperature; at 0 all of them would be the same."""
+
+
 class Evaluation(Section):
     """How models are compared, and at what prices."""
 
@@ -209,6 +218,9 @@ class Evaluation(Section):
     """Requests a month for which savings are stated."""
     teacher_price: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Model of the price table whose price stands in for the teacher's."""
+    tries: Tries | None = None
+    """Measures the student with several tries at a request, {n: 8, temperature: 0.7}, of which one
+    is chosen without the reference; null measures its greedy answer alone."""
     judge: AnyJudge | None = None
     """Compares answers in pairs, if it passes its probes; keys as in `teacher`. null: none."""
 

@@ -8,7 +8,7 @@ as it was on the day of the report, so that the same report can be made again on
 from distill.config.teachers import StatedCost
 from distill.economics.costs import Tariff, distillation_cost, request_cost, usage_at
 from distill.economics.savings import Assumptions, economics
-from distill.evaluation.measurements import MODELS, Difference, MetricRow
+from distill.evaluation.measurements import MODELS, TRIES, Difference, MetricRow
 from distill.evaluation.scorecard import Costs, Economics, TeacherPrice
 from distill.evaluation.scorers import HeldOutRequest
 from distill.evaluation.statistics import Certainty
@@ -53,8 +53,8 @@ def timings_of(run: Run, gpu: str) -> tuple[dict[str, Timing], dict[str, Load]]:
     No load where some were timed by an older distill, or with other numbers at once.
     """
     timings, loads = dict[str, Timing](), dict[str, Load]()
-    for model in MODELS:
-        path = run.path(f"timings/{model}.jsonl")
+    for model in (*MODELS, TRIES):
+        path = run.path(f"timings/{'student' if model == TRIES else model}.jsonl")
         for timing in read_records(path, Timing) if path.exists() else ():
             if timing.device == gpu:
                 timings[model] = timing
@@ -98,8 +98,10 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     for request in read_records(run.path("requests.jsonl"), HeldOutRequest):
         usage = {model: usage_of(model, u) for model, u in request.usage.items()}
         requests.append(request.model_copy(update={"usage": usage}))
-    for model in MODELS:
+    for model in (*MODELS, TRIES):
         usages = [request.usage[model] for request in requests if model in request.usage]
+        if model == TRIES and not usages:
+            continue
         tariff = actual if model == "teacher" else student
         costs[model] = request_cost(usages, tariff, timings.get(model))
         if model in loads and not tariff.hosted:

@@ -16,6 +16,7 @@ from pathlib import Path
 from distill.config.teachers import LocalTeacher, Teacher
 from distill.evaluation.measurements import ModelFacts
 from distill.evaluation.suites import Suite, answer_limit, by_item, why_no_teacher, write_answers
+from distill.evaluation.tries import WAYS, way_to_choose
 from distill.models import loading, registry
 from distill.models.chat_template import template_hash
 from distill.models.devices import device, device_name, pick_dtype, release_memory
@@ -30,6 +31,7 @@ from distill.responders.terms import require_terms
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
+from distill.tasks.task import tasks_of_run
 from distill.training.adapters import WEIGHTS, merged_student
 from distill.training.student import answer_loss
 
@@ -46,14 +48,26 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
     """Do all that needs the three models; write it below `answers/` and `timings/`."""
     config, facts = run.config, dict[str, ModelFacts]()
     store, prompts = config.store_folder() / "responses", [pair.prompt for pair in pairs]
+    limit = answer_limit(config)
     for name in ("base", "student"):
         responder, facts[name] = student_responder(run, name, trained=name == "student")
-        requests = requests_to(responder, prompts, [answer_limit(config)] * len(prompts))
+        requests = requests_to(responder, prompts, [limit] * len(prompts))
         with Ask(responder, store, run) as ask:
             responses = ask.responses(requests, f"{name} answers")
             write_records(run.path(f"answers/{name}.jsonl"), responses)
             for suite in suites:
                 write_answers(run.folder, suite, {name: ask_suite(ask, suite)})
+            if (tries := config.evaluation.tries) and name == "student":
+                find = tasks_of_run(run.folder)
+                sampling = Sampling(temperature=tries.temperature, max_new_tokens=limit)
+                requests = [
+                    Request.make(responder.origin, prompt.id, prompt.messages, sampling, sample)
+                    for prompt in prompts
+                    if way_to_choose(find(prompt.task), prompt) in WAYS
+                    for sample in range(tries.n)
+                ]
+                answers = ask.responses(requests, f"student, {tries.n} tries")
+                write_records(run.path("answers/tries.jsonl"), answers)
             timed(run.path(f"timings/{name}.jsonl"), responder, prompts, config.evaluation.timing)
         say(f"{name}: loss on the teacher's answers")
         date, length = responder.date, config.train.max_length

@@ -15,6 +15,7 @@ from distill.evaluation import results
 from distill.evaluation.judge import ask_judge, read_judge
 from distill.evaluation.measurements import (
     MODELS,
+    TRIES,
     Contamination,
     Difference,
     EvaluationResult,
@@ -40,6 +41,7 @@ from distill.evaluation.suites import (
     load_suites,
     why_no_teacher,
 )
+from distill.evaluation.tries import choose, tries_result
 from distill.records import AnswerLoss, Document, Item, Pair, Response
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
@@ -113,22 +115,29 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
     )
     rows = measure_tasks(items, answers, tasks_of_run(run.folder))
     write_scores(run.path("scores"), answers, rows)
-    clean, clean_rows = overlap.without(items), overlap.clean(rows).values()
+    clean, clean_rows = overlap.without(items), overlap.clean(rows)
     losses = {}
     for model in ("base", "student"):
         of_items = read_records(run.path(f"answers/readings/{model}.jsonl"), AnswerLoss)
         losses[model] = {item.id: loss for item, loss in zip(items, of_items, strict=True)}
     judge, verdicts = read_judge(run, clean, answers, certainty)
-    requests = requests_of(clean, answers, clean_rows, verdicts)
+    tries, choices = None, {}
+    if settings.tries:
+        by_try = read_records(run.path("answers/tries.jsonl"), Response)
+        of_tries, choices = choose(rows, by_try)
+        write_scores(run.path("scores"), [TRIES], of_tries)
+        tries = tries_result(settings.tries, overlap.clean(of_tries), certainty)
+    requests = requests_of(clean, {**answers, TRIES: choices}, clean_rows.values(), verdicts)
     write_records(run.path("requests.jsonl"), requests)
     alike = measure_items(clean, answers)
     evaluation = EvaluationResult(
         **dict(measured_items(items, answers, rows, overlap, certainty)),
         models=read_json(run.path("answers/models.json")),
         agreement=results.agreement_of(alike, clean, losses, certainty),
-        samples=tuple(results.samples(clean_rows, alike, answers)),
+        samples=tuple(results.samples(clean_rows.values(), alike, answers)),
         suites={suite.name: measure_suite(run, suite, certainty, overlap) for suite in suites},
         judge=judge,
+        tries=tries,
         settings=Settings(
             **certainty._asdict(),
             items=len(items),

@@ -5,7 +5,7 @@ what they lack has a default, and unknown keys are ignored. Only fields that wer
 (`CardRecord.tree`), so a field that does not apply to a row is not in its JSON.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, ConfigDict, Field, field_validator
 
@@ -17,6 +17,7 @@ Model = Literal["teacher", "base", "student"]
 Rival = Literal["teacher", "base"]
 MODELS: tuple[Model, ...] = ("teacher", "base", "student")
 RIVALS: tuple[Rival, ...] = ("teacher", "base")
+TRIES = "tries"  # the student with several tries, among the models of scores and usages
 Rank = Literal["best", "typical", "worst"]
 Ends = tuple[float | None, float | None]
 
@@ -209,6 +210,28 @@ class JudgeResult(CardRecord):
         return self.teacher if rival == "teacher" else self.base
 
 
+class TriesRow(CardRecord):
+    """What a choice among tries scores, and how it is made, or the reason why there is none."""
+
+    way: str = ""
+    reason: str | None = None
+    metric: str = ""
+    n: int = 0
+    student: Estimate = Estimate()  # with its greedy answer
+    choice: Estimate = Estimate()
+    choice_minus_student: Difference = Difference()
+    any_right: Estimate = Estimate()  # of the tries (pass@n): no choice does better
+
+
+class TriesResult(CardRecord):
+    """What the student makes of `n` tries at a request."""
+
+    n: int
+    temperature: float
+    tasks: dict[str, TriesRow] = {}
+    overall: TriesRow | None = None
+
+
 class ModelFacts(CardRecord):
     """A model's name, and what pins its weights and its chat template."""
 
@@ -275,6 +298,7 @@ class Comparison(Results):
     agreement: dict[str, MetricRow] = {}
     suites: dict[str, SuiteResult] = {}
     judge: JudgeResult | None = None
+    tries: Annotated[TriesResult | None, Field(exclude_if=lambda it: it is None)] = None
     corpus: CorpusFacts = CorpusFacts()
     environment: Environment = Environment()
 

@@ -106,6 +106,7 @@ class Costs(CardRecord):
     teacher: RequestCost = RequestCost()
     base: RequestCost = RequestCost()
     student: RequestCost = RequestCost()
+    tries: RequestCost | None = None  # of the student, all tries at a request together
     distillation: DistillationCost = DistillationCost()
 
     def of(self, model: Model) -> RequestCost:

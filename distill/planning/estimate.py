@@ -177,11 +177,14 @@ class RunEstimate:
         requests = [(items, self.prompt, (self.answer + ANSWER * answer_limit(config)) / 2)]
         for many, most in amounts(config.evaluation.suites):
             requests.append((UNREAD_ROWS if many is None else many, ITEM, ANSWER * most))
+        text = f"{' + '.join(count(many) for many, *_ in requests)} items, two models"
+        if tries := config.evaluation.tries:
+            requests.append((tries.n * items / 2, *requests[0][1:]))  # of one model
+            text += f", at most {count(tries.n * items)} tries"
         flops = sum(many * arithmetic.answer_flops(self.student, p, a) for many, p, a in requests)
         seconds = self.machine.seconds(2 * items * self.read, config.student.dtype, "train")
         seconds += self.machine.seconds(2 * flops, config.student.dtype, "evaluate")
         seconds += (2 + config.teacher.runs_here) * (START + TIMED[config.evaluation.timing])
-        text = f"{' + '.join(count(many) for many, *_ in requests)} items, two models"
         return text, 2 * sum(many * (p + a) for many, p, a in requests), seconds
 
     def memory(self) -> Iterator[StageMemory]:

@@ -167,12 +167,31 @@ def claim_rows(card: Scorecard) -> TextTable:
     return head, lines
 
 
+def tries_rows(tries: measurements.TriesResult) -> TextTable:
+    """Return what several tries at a request make of the student, and how one is chosen."""
+    head = ("tries", "n", "one greedy answer", f"chosen of {tries.n}", "chosen − greedy")
+    head += ("one is right (upper bound)", "chosen by")
+    rows = {f"{task}: {plain(row.metric)}": row for task, row in tries.tasks.items()}
+    several = tries.overall and tries.overall.n > max(row.n for row in rows.values() if row.way)
+    overall = {"all with a choice": tries.overall} if tries.overall and several else {}
+    lines = []
+    for label, row in (rows | overall).items():
+        estimates = map(interval, (row.student, row.choice))
+        change = difference_cell(row.choice_minus_student, "", row.choice_minus_student.conclude())
+        bound = share(row.any_right.value)
+        lines.append((label, str(row.n), *estimates, change, bound, row.way or row.reason or ""))
+    return head, lines
+
+
 def cost_rows(card: Scorecard) -> TextTable:
     """Return what 1,000 requests take and cost each model, and how long its answers are."""
     head = ("1,000 requests", "time", "dollars", "tokens/s", "tokens an answer", "cut off")
     rows = []
-    for model in MODELS:
-        cost, lengths = card.cost.of(model), card.lengths.get(model, measurements.AnswerLengths())
+    costs = {model: card.cost.of(model) for model in MODELS}
+    if card.tries and card.cost.tries:
+        costs[f"student, {card.tries.n} tries"] = card.cost.tries
+    for model, cost in costs.items():
+        lengths = card.lengths.get(model, measurements.AnswerLengths())
         per_second, tokens = count(cost.output_tokens_per_second), count(lengths.tokens)
         spent = (duration(cost.seconds_per_1k), money(cost.dollars_per_1k), per_second)
         rows.append((model, *spent, tokens, share(lengths.truncated)))

@@ -177,3 +177,23 @@ def test_recorded_answers_have_the_cost_that_is_stated(tmp_path: Path) -> None:
     assert found["economics"]["rows"][0]["break_even"]["days"]["reason"] == UNSTATED
     free = make_run(tmp_path, {"kind": "recorded", "model": "a/teacher", "dollars": Decimal(0)})
     assert accounts(free, OVERALL)["economics"]["distillation_dollars"] == 0.36
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_tries_cost_all_their_answers_and_change_nothing_else(tmp_path: Path, loaded) -> None:
+    run = make_run(tmp_path, {"model": "a/teacher"})
+    if loaded:
+        at_load(run)
+    before = accounts(run, OVERALL)
+    assert "tries" not in before["cost"]
+    rows = read_records(run.path("requests.jsonl"), HeldOutRequest)
+    total = Usage(input_tokens=8 * 400, output_tokens=8 * 60, seconds=8 * 0.5)
+    tried = [r.model_copy(update={"usage": {**r.usage, "tries": total}}) for r in rows[:15]]
+    write_records(run.path("requests.jsonl"), [*tried, *rows[15:]])
+    after = accounts(run, OVERALL)
+    tries, student = after["cost"].pop("tries"), after["cost"]["student"]
+    assert after == before, "the headline is that of one greedy answer"
+    assert tries["requests"] == 15 and tries["output_tokens"] == 480
+    for key in ("seconds_per_1k", "dollars_per_1k"):
+        assert tries[key] == pytest.approx(8 * student[key])
+    assert tries.get("concurrency") == student.get("concurrency") == (HEADLINE if loaded else None)

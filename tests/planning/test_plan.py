@@ -107,6 +107,20 @@ def test_soft_labels_have_a_line_and_a_size():
     assert "read once" in text and "soft labels" in text
 
 
+def test_several_tries_are_in_the_plan():
+    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
+    more = [*place, "evaluation.tries={n: 8}"]
+    plans = [
+        make_plan(Run(load_config(ROOT / "configs/gsm8k.yaml", c)), machine=HERE)
+        for c in (place, more)
+    ]
+    before, after = ({row.stage: row for row in plan.stages}["evaluate"] for plan in plans)
+    assert "tries" not in before.work and after.work.startswith(before.work)
+    assert after.work.endswith("tries")
+    assert 4 * (before.tokens or 0) < (after.tokens or 0) < 5.1 * (before.tokens or 0)
+    assert (after.seconds or 0) > 2 * (before.seconds or 0)
+
+
 def test_rounds_on_policy_and_a_live_teacher_are_in_the_plan():
     place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
     live = ["train.loss={ce: 0.5, forward_kl: 0.5, teacher: live}", "on_policy.rounds=3"]

@@ -15,13 +15,13 @@ from distill.evaluation import results
 from distill.evaluation.judge import Duel, examined, load_probes, row_of_duels
 from distill.evaluation.measurements import Difference, DuelRow, MetricRow
 from distill.evaluation.scorecard import Costs, RequestCost, Scorecard
-from distill.evaluation.scorers import measure_items, requests_of
+from distill.evaluation.scorers import HeldOutRequest, measure_items, requests_of
 from distill.evaluation.statistics import Certainty
 from distill.formatting import plain_numbers
 from distill.records import AnswerLoss, Item, LedgerEntry, Message, Prompt, Response, Score, Usage
 from distill.report import report
 from distill.report.plots import WIDTH, quality_against_cost, ticks, training_curve
-from distill.storage.files import read_json, write_json, write_records
+from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from scripts import tables
 
@@ -158,7 +158,27 @@ def add_suites_and_judge(run: Run, passed: bool = True, flagged: int = 3) -> Run
 
 
 def plain_run(folder: Path) -> Run:
-    return add_suites_and_judge(make_run(folder))
+    return add_tries(add_suites_and_judge(make_run(folder)))
+
+
+def add_tries(run: Run) -> Run:
+    """Add eight tries: a choice for the task with a check, for the other a reason."""
+    measured, requests = read_json(run.path("evaluation.json")), run.path("requests.jsonl")
+    values = {"value": 0.75, "low": 0.6, "high": 0.9, "n": 12, "clusters": 12}
+    gain = {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 12, "clusters": 12}
+    row = {"n": 12, "metric": "correct", "student": {**values, "value": 0.5}, "choice": values}
+    row |= {"choice_minus_student": gain, "any_right": {**values, "value": 0.9}}
+    none = {"n": 12, "metric": "chrF", "reason": f"no check {HOSTILE}"}
+    tasks = {"math_word_problem": {**row, "way": "vote"}, HOSTILE: none}
+    write_json(
+        run.path("evaluation.json"),
+        {**measured, "tries": {"n": 8, "temperature": 0.7, "tasks": tasks, "overall": row}},
+    )
+    rows = read_records(requests, HeldOutRequest)
+    total = Usage(input_tokens=400, output_tokens=160, seconds=3.2)
+    rows[1::2] = [r.model_copy(update={"usage": {**r.usage, "tries": total}}) for r in rows[1::2]]
+    write_records(requests, rows)
+    return run
 
 
 def poor_run(folder: Path) -> Run:
@@ -279,6 +299,27 @@ def test_suites_judge_contamination_and_other_harnesses_are_shown(tmp_path: Path
     assert "passed its" in page and "67 % [46 %, 83 %]" in text
     (worst,) = card["failures"]["worst"][:1]
     assert worst["task"] == "math_word_problem" and worst["asked"].endswith("and a new line")
+
+
+def test_several_tries_have_rows_of_their_own(tmp_path: Path) -> None:
+    card, text, page = reported(add_tries(make_run(tmp_path)))
+    for words in (
+        "passes 75 % of 12 checks, and with one greedy answer 50 %: +25.0 points [+10.0, +40.0]",
+        "tries help. At least one of the tries is right in 90 %, which no choice can exceed.",
+        "1,000 requests with 8 tries each take 53 min ($0.15), by the 12 of 24 requests that have",
+    ):
+        assert words in text and words in page, words
+    assert (
+        "| student, 8 tries " in text
+        and "all with a choice" not in text
+        and "<h2>Several tries when served</h2>" in page
+    )
+    assert card["cost"]["tries"]["seconds_per_1k"] == 8 * card["cost"]["student"]["seconds_per_1k"]
+    assert card["reasons"][f"tries.tasks.{HOSTILE}"].startswith("no check")
+    before = make_run(tmp_path / "before")
+    card, text, page = reported(before)
+    assert "tries" not in card and "tries" not in card["cost"]
+    assert "tries" not in text and "tries when served" not in page
 
 
 def test_what_is_not_known_or_was_fooled_is_said(tmp_path: Path) -> None:
