@@ -34,6 +34,10 @@ RUNS = {
 }
 
 
+SAMPLE = (  # of GSM8K, which holds back more than it has
+    f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}",
+    "corpus.split={validation: 20, heldout: 40}",
+)
 SIZE = (  # of the quickstart when it was recorded
     *("prompts.train=240", "prompts.validation=24", "prompts.heldout=66", "corpus.limit=360"),
     *("corpus.split={validation: 26, heldout: 66}", "evaluation.suites=[forgetting]"),
@@ -99,20 +103,18 @@ def test_the_merged_student_takes_the_disk_of_the_type_of_its_base(tmp_path, tex
 
 
 def test_soft_labels_have_a_line_and_a_size():
-    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
     loss = "train.loss={ce: 0.5, forward_kl: 0.5}"
-    text = shown(load_config(ROOT / "configs/gsm8k.yaml", place))
+    text = shown(load_config(ROOT / "configs/gsm8k.yaml", SAMPLE))
     assert "signals" not in text and "soft labels" not in text
-    text = shown(load_config(ROOT / "configs/gsm8k.yaml", [*place, loss]))
+    text = shown(load_config(ROOT / "configs/gsm8k.yaml", [*SAMPLE, loss]))
     assert "read once" in text and "soft labels" in text
 
 
 def test_several_tries_are_in_the_plan():
-    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
-    more = [*place, "evaluation.tries={n: 8}"]
+    more = [*SAMPLE, "evaluation.tries={n: 8}"]
     plans = [
         make_plan(Run(load_config(ROOT / "configs/gsm8k.yaml", c)), machine=HERE)
-        for c in (place, more)
+        for c in (SAMPLE, more)
     ]
     before, after = ({row.stage: row for row in plan.stages}["evaluate"] for plan in plans)
     assert "tries" not in before.work and after.work.startswith(before.work)
@@ -122,9 +124,10 @@ def test_several_tries_are_in_the_plan():
 
 
 def test_rounds_on_policy_and_a_live_teacher_are_in_the_plan():
-    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
     live = ["train.loss={ce: 0.5, forward_kl: 0.5, teacher: live}", "on_policy.rounds=3"]
-    configs = [load_config(ROOT / "configs/gsm8k.yaml", more) for more in (place, place + live)]
+    configs = [
+        load_config(ROOT / "configs/gsm8k.yaml", more) for more in (SAMPLE, [*SAMPLE, *live])
+    ]
     plans = [make_plan(Run(config), machine=HERE) for config in configs]
     before, after = ({row.stage: row for row in plan.stages} for plan in plans)
     assert "refine" not in before and "signals" not in after
