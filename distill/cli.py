@@ -20,8 +20,8 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from distill.errors import DistillError, Exit, exit_code
 from distill.formatting import markdown_table
-from distill.pipeline import CHECKING, STAGES, from_stage, perform
-from distill.storage.run_folder import Stage, open_run
+from distill.pipeline import CHECKING, STAGES, perform
+from distill.storage.run_folder import Run, Stage, open_run
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open one, and say what it kept and cost.",
@@ -114,6 +114,16 @@ def run_all(
     show_scorecard(finished.folder)
 
 
+def ask_harness(run: Run, tasks: str, limit: int | None, include_path: Path | None) -> None:
+    """Ask the student tasks of lm-eval, and put what came on the scorecard, if there is one."""
+    from distill.evaluation import lm_eval
+    from distill.report.tables import harness_rows
+
+    print(markdown_table(*harness_rows(lm_eval.main(run, tasks, limit, include_path))))
+    if run.path("scorecard.json").exists():
+        perform(run, STAGES[-1:], STAGES[-1:])
+
+
 def add_stage(stage: Stage) -> None:
     """Give a stage a verb of its own, with the options that it knows."""
 
@@ -124,15 +134,21 @@ def add_stage(stage: Stage) -> None:
         allow_code: AllowCode = False,
         unsafe_code: UnsafeCode = False,
         allow_inexact: AllowInexact = False,
+        lm_eval: Annotated[str | None, option("TASKS", "Ask the student lm-eval's tasks.")] = None,
+        limit: Annotated[int | None, typer.Option(min=1, help="Items of each of these.")] = None,
+        include_path: Annotated[Path | None, option("DIR", "More of them, perhaps code.")] = None,
     ) -> None:
+        run = open_run(config, overrides or ())
+        if lm_eval is not None:
+            return ask_harness(run, lm_eval, limit, include_path)
         from distill.api import perform_alone
 
-        run = open_run(config, overrides or ())
         perform_alone(run, stage, redo, allow_code, unsafe_code, allow_inexact)
         if stage.name == "report":
             show_scorecard(run.folder)
 
     foreign = {"allow_inexact"} if stage.name != "train" else set[str]()
+    foreign |= {"lm_eval", "limit", "include_path"} if stage.name != "evaluate" else set()
     foreign |= {"allow_code", "unsafe_code"} if stage.name not in CHECKING else set()
     signature = inspect.signature(command)
     parameters = [p for name, p in signature.parameters.items() if name not in foreign]
@@ -141,34 +157,8 @@ def add_stage(stage: Stage) -> None:
     app.command(stage.name, help=purpose, rich_help_panel=STEP)(command)
 
 
-for _stage in (stage for stage in STAGES if stage.name != "evaluate"):  # which has more options
+for _stage in STAGES:
     add_stage(_stage)
-
-
-@app.command(rich_help_panel=STEP)
-def evaluate(
-    config: ConfigArgument,
-    overrides: Overrides = None,
-    redo: RedoThis = False,
-    allow_code: AllowCode = False,
-    unsafe_code: UnsafeCode = False,
-    lm_eval: Annotated[str | None, option("TASKS", "Of lm-eval.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each of its tasks.")] = None,
-    include_path: Annotated[
-        Path | None, option("DIR", "Its further tasks, perhaps with code.")
-    ] = None,
-) -> None:
-    """Compare student, base and teacher on held-out items, or ask the student lm-eval's tasks."""
-    from distill.api import perform_alone
-    from distill.evaluation import lm_eval as harness
-    from distill.report.tables import harness_rows
-
-    run = open_run(config, overrides or ())
-    if lm_eval is None:
-        return perform_alone(run, from_stage("evaluate")[0], redo, allow_code, unsafe_code)
-    print(markdown_table(*harness_rows(harness.main(run, lm_eval, limit, include_path))))
-    if run.path("scorecard.json").exists():
-        perform(run, STAGES[-1:], STAGES[-1:])
 
 
 @app.command(name="plan", rich_help_panel=LOOK)

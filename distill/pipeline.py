@@ -16,7 +16,7 @@ from distill.models import registry
 from distill.models.devices import free_frames, release_memory
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
-from distill.storage.run_folder import Run, Stage
+from distill.storage.run_folder import Run, Stage, require_made
 
 CHECKING = ("filter", "evaluate")  # the stages that check answers
 
@@ -229,7 +229,10 @@ def perform(
             if not stage.applies(run.config):
                 say(f"{stage.name}: not needed by this config")
                 continue
-            require_inputs(run, stage)
+            for missing in (name for name in stage.inputs if not run.path(name).exists()):
+                maker = next(s for s in STAGES if missing.startswith(s.outputs))
+                if maker.applies(run.config):
+                    require_made(run.path(missing), maker.name)
             if allow_inexact and stage.name == "train":
                 stage = replace(stage, main=partial(stage.main, allow_inexact=True))
             try:
@@ -243,12 +246,3 @@ def perform(
             if did:
                 release_memory()  # of its models, for those of the next stage
             say(f"{stage.name}: {'done' if did else 'done before, reused'}")
-
-
-def require_inputs(run: Run, stage: Stage) -> None:
-    """Stop where a file that the stage reads is missing, and name the command that makes it."""
-    for missing in (name for name in stage.inputs if not run.path(name).exists()):
-        maker = next(s for s in STAGES if any(missing.startswith(name) for name in s.outputs))
-        if maker.applies(run.config):
-            fix = f"make it: distill {maker.name} CONFIG"
-            raise DistillError(Exit.STATE, run.path(missing), "is missing", fix)

@@ -75,7 +75,7 @@ def test_an_error_in_a_value_under_an_old_name_has_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", [OLD, NEW], ids=["old", "new"])
-@pytest.mark.parametrize("name", ["slots", "max_batch_size", "concurrency"])
+@pytest.mark.parametrize("name", ["slots", "concurrency"])
 def test_an_override_wins_under_either_name(tmp_path, capsys, text, name):
     path = write(tmp_path / "c.yaml", text)
     config = load_config(path, [f"teacher.{name}=8", f"evaluation={{{name}: 9}}"])
@@ -96,11 +96,11 @@ def test_a_run_s_own_config_is_read_in_silence(tmp_path, capsys):
 
 
 def test_a_key_under_both_names_is_refused_with_the_new_one(tmp_path):
-    both = OLD.replace("  slots: 4", "  slots: 4\n  max_batch_size: 4")
+    both = OLD.replace("  slots: 4", "  slots: 4\n  concurrency: 4")
     with pytest.raises(DistillError) as caught:
         load_config(write(tmp_path / "both.yaml", both))
     assert caught.value.code == Exit.CONFIG
-    assert "unknown key teacher.max_batch_size (did you mean concurrency?)" in str(caught.value)
+    assert "unknown key teacher.slots (did you mean concurrency?)" in str(caught.value)
 
 
 def test_the_table_holds_names_that_are_gone_and_their_new_ones():

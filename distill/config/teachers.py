@@ -1,6 +1,5 @@
 """The kinds of teacher: each a class with its own keys, which says of itself what others ask."""
 
-import math
 import re
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -209,11 +208,6 @@ class EndpointTeacher(Teacher):
         url = self.base_urls[0]  # https://api.anthropic.com/v1 is an OpenAI-compatible address
         messages = url.endswith("/anthropic") or url == "https://api.anthropic.com"
         return self.wire or ("anthropic" if messages else "openai")
-
-    def least_seconds(self, requests: float, tokens: float) -> float:
-        """Return how long limits of the rate make so many requests and tokens take."""
-        by_count = requests / (self.requests_per_minute or math.inf)
-        return 60 * max(by_count, tokens / (self.tokens_per_minute or math.inf))
 
     @field_validator("model")
     @classmethod

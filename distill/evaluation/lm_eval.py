@@ -14,7 +14,7 @@ from typing import Any
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import HarnessMetric, HarnessResult, HarnessTask
 from distill.storage.files import write_json
-from distill.storage.run_folder import Run
+from distill.storage.run_folder import Run, require_made
 
 FILE = "lm_eval.json"
 ERRORS = (KeyError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -35,9 +35,7 @@ def main(run: Run, tasks: str, limit: int | None, include: Path | None) -> Harne
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise DistillError(Exit.CONFIG, "--lm-eval", "names no task", "such as --lm-eval arc_easy")
-    if not run.trained("adapter").is_dir():
-        fix = "make it: distill train CONFIG"
-        raise DistillError(Exit.STATE, run.trained("adapter"), "is missing", fix)
+    require_made(run.trained("adapter"), "train")
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 

@@ -128,11 +128,6 @@ def raise_device_error(error: Exception) -> None:
         raise error
 
 
-def kind(place: "torch.device") -> str:
-    """Return the kind of a device that sizes of blocks are by: cpu or cuda."""
-    return "cpu" if place.type == "cpu" else "cuda"
-
-
 def send(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
     """Copy a tensor to the device, without waiting for what a GPU computes meanwhile.
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from itertools import islice
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from distill.config.teachers import EndpointTeacher
@@ -116,7 +116,9 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     seconds = None if count else 0.0
     if server and sampled:  # as fast as those before came, and as the limits of the rate allow
         pace = sum(response.usage.seconds for response in sampled) / len(sampled)
-        seconds = max(pace * count, server.least_seconds(count, sent + capped))
+        by_count = count / (server.requests_per_minute or inf)
+        limits = 60 * max(by_count, (sent + capped) / (server.tokens_per_minute or inf))
+        seconds = max(pace * count, limits)
     cost = TeacherCost(
         requests=ceil(count),
         stored=sum(kind.stored for kind in kinds),

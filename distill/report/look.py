@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from pathlib import Path
 from textwrap import indent
 
 from rich.console import Console
@@ -32,7 +31,7 @@ from distill.responders.responder import Buyer, Request, Sampling
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records
 from distill.storage.progress import console, say
-from distill.storage.run_folder import Run, Stage
+from distill.storage.run_folder import Run, Stage, require_made
 
 ORDER: tuple[Model, ...] = ("student", "teacher", "base")  # as in the report
 NARROW = 36  # columns of a terminal that an answer needs; with fewer they stand under each other
@@ -62,12 +61,6 @@ def require_name(option: str, name: str, names: Sequence[str]) -> None:
         near = difflib.get_close_matches(name, names, 1, 0.5)
         fix = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
         raise DistillError(Exit.CONFIG, option, f"there is no {name[:60]!r} in this run", fix)
-
-
-def require_made(path: Path, verb: str) -> None:
-    """Stop (exit 5) where a file or folder of a run is missing."""
-    if not path.exists():
-        raise DistillError(Exit.STATE, path, "is missing", f"make it: distill {verb} RUN")
 
 
 def samples(run: Run, task: str | None, failed: bool, disagree: bool, most: int | None) -> str:

@@ -13,13 +13,7 @@ from distill.economics.run_economics import money_of
 from distill.evaluation import lm_eval
 from distill.evaluation.measurements import MODELS, EvaluationResult
 from distill.evaluation.results import bare, failures
-from distill.evaluation.scorecard import (
-    Failures,
-    Funnel,
-    HarnessResult,
-    Scorecard,
-    TrainingSummary,
-)
+from distill.evaluation.scorecard import Failures, Funnel, HarnessResult, Scorecard, TrainingSummary
 from distill.report import plots
 from distill.report.render import environment, parts
 from distill.report.tables import WAYS

@@ -36,8 +36,6 @@ StoredRecord = tuple[str, str, bytes]  # kind, key, body as JSON
 
 def encode_line(kind: str, key: str, body: object) -> bytes:
     """Return a record's line with its newline; `kind` and `key` are words, `body` is JSON."""
-    if f"{kind} {key}".split() != [kind, key]:
-        raise ValueError(f"kind and key must be words, not {kind!r} and {key!r}")
     text = b"%s %s %s" % (kind.encode(), key.encode(), canonical(body))
     return hashlib.sha256(text).hexdigest().encode() + b" " + text + b"\n"
 
@@ -97,11 +95,11 @@ def damaged(where: object, folder: Path, what: str = "damaged record") -> Distil
 
 
 def refuse_half_copy(folder: Path) -> None:
-    """Stop where a copy was killed between its renames: no empty log may take its place."""
-    for copy in (folder.with_name(folder.name + end) for end in (REPAIRED, ".compacted")):
-        if copy.exists() and not folder.exists():
-            what = "a copy was cut off before it took this name"
-            raise DistillError(Exit.STATE, folder, what, f"mv {copy} {folder}")
+    """Stop where a repair was killed between its renames: no empty log may take its place."""
+    copy = folder.with_name(folder.name + REPAIRED)
+    if copy.exists() and not folder.exists():
+        what = "a copy was cut off before it took this name"
+        raise DistillError(Exit.STATE, folder, what, f"mv {copy} {folder}")
 
 
 @dataclass

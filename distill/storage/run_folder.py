@@ -238,6 +238,12 @@ def open_run(place: Path, overrides: Sequence[str] = ()) -> Run:
     return Run(with_chosen_engines(config, folder), None if changed else folder)
 
 
+def require_made(path: Path, verb: str) -> None:
+    """Stop (exit 5) where a file or folder of a run is missing, and name the command for it."""
+    if not path.exists():
+        raise DistillError(Exit.STATE, path, "is missing", f"make it: distill {verb} CONFIG")
+
+
 def with_chosen_engines(config: Config, folder: Path) -> Config:
     """Return a config with the engines that a run's folder, if it is there, was begun with."""
     path, keys = folder / "config.json", config.auto_engines
@@ -270,8 +276,6 @@ def differences(
     """
     old = {".".join(present_path(key.split("."), Config)): value for key, value in old.items()}
     old |= unnamed(old, new)
-    # which engine that was is a fact of its own
-    old |= {k: new[k] for k in old.keys() & new if k.endswith(".engine") and old[k] == "auto"}
     settings, hashed = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
         before, after = _setting(old, key), _setting(new, key)

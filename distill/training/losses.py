@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from distill.models.arithmetic import BLOCK_BYTES, STRIP_BYTES, logit_rows
-from distill.models.devices import kind, send
+from distill.models.devices import send
 
 FLOOR = -80.0  # log-probability of what cannot happen: finite, its exp negligible but no denormal
 LEAST_TAIL = 2.0**-24  # a tail mass of 0 is one below float32's resolution
@@ -84,7 +84,7 @@ class _AtHead(torch.autograd.Function):
 
 def _strips(logits_RV: Tensor) -> Iterator[slice]:
     count, width = logits_RV.shape
-    size = logit_rows(STRIP_BYTES, 4, width, kind(logits_RV.device))
+    size = logit_rows(STRIP_BYTES, 4, width, logits_RV.device.type)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -111,7 +111,7 @@ def apply_at_head(
 
 
 def _block_rows(head_VD: Tensor) -> int:
-    width, device = head_VD.element_size(), kind(head_VD.device)
+    width, device = head_VD.element_size(), head_VD.device.type
     return logit_rows(BLOCK_BYTES, width, len(head_VD), device)
 
 

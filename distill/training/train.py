@@ -24,11 +24,11 @@ from distill.records import digest
 from distill.storage.environment import Interrupt, interruptible
 from distill.storage.files import sha256_file, write_json
 from distill.storage.progress import say, tracking
-from distill.storage.run_folder import MEMORY, Run, differences, flatten
+from distill.storage.run_folder import Run, differences, flatten
 from distill.training import adapters, checkpoint, processes
 from distill.training.batches import Example, OptimizerStep, learning_rate, share
 from distill.training.encode import show
-from distill.training.prepare import HARDWARE, Preparation
+from distill.training.prepare import Preparation
 
 SKIPS = 10  # steps in a row whose gradients float16 cannot hold: then the training ends
 SUMMARY = ("history", "validation", "best_step", "tokens", "seconds", "stopped_early", "notes")
@@ -125,30 +125,19 @@ class Loop:
         parts, saved = self.parts, checkpoint.latest(self.run.path("checkpoints"))
         if saved is None:
             return
-        # what only concerns memory was once among the facts
-        facts = {key: value for key, value in saved.facts["run"].items() if key not in MEMORY}
-        # an earlier distill did not say what it ran on
-        hardware = {key: parts.facts[key] for key in HARDWARE if key in parts.facts}
-        changes = differences({**hardware, **facts}, parts.facts)
+        changes = differences(saved.facts["run"], parts.facts)
         what = "not what the run was begun with: " + "; ".join(changes[:8])
         if changes and not allow_inexact:
             fix = "restore them, --redo train, or --allow-inexact, which the card will say"
             raise DistillError(Exit.TRAINING, saved.folder, what, fix)
-        adapter, progress = saved.tensors("adapter"), Progress(**saved.state())
-        best, step = saved.tensors("best"), progress.best_step
-        # Once a CPU's snapshot of the best step shared the weights' memory, and moved with them.
-        moved = bool(best) and step != progress.step
-        if moved and all(torch.equal(best[name], value) for name, value in adapter.items()):
-            lost = f"the best weights, of step {step}, are lost to those of step {progress.step}"
-            raise DistillError(Exit.TRAINING, saved.folder, lost, "--redo train")
-        adapters.restore(parts.model, adapter, saved.folder)
+        progress = Progress(**saved.state())
+        adapters.restore(parts.model, saved.tensors("adapter"), saved.folder)
         if len(progress.skipped) < progress.step:  # else the optimizer has not begun
             adapters.restore_optimizer(self.optimizer, self.named, saved.tensors("optimizer"))
-        self.progress, self.best = progress, best
+        self.progress, self.best = progress, saved.tensors("best")
         if changes:
             progress.notes.append(f"resumed inexactly at step {progress.step}: {what}")
-        memory = saved.facts.get("memory", saved.facts["run"])
-        if others := differences({key: memory.get(key) for key in parts.memory}, parts.memory):
+        if others := differences(saved.facts["memory"], parts.memory):
             what = f"from step {progress.step} on {'; '.join(others)}"
             progress.notes.append(f"{what}: equal but for rounding, and for dropout")
         say(f"train: continuing after step {progress.step} of {len(parts.plan)}")

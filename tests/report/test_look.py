@@ -94,8 +94,8 @@ def test_what_cannot_be_shown_is_one_line(finished: Path, student: Path, capsys)
     for code, word, words in (
         (Exit.CONFIG, "did you mean gist?", ["samples", str(finished), "--task", "gsit"]),
         (Exit.CONFIG, "one of gist, prose_summary", ["samples", str(finished), "--task", "x"]),
-        (Exit.STATE, "distill evaluate RUN", ["samples", str(fresh.folder)]),
-        (Exit.STATE, "distill train RUN", ["chat", str(fresh.folder)]),
+        (Exit.STATE, "distill evaluate CONFIG", ["samples", str(fresh.folder)]),
+        (Exit.STATE, "distill train CONFIG", ["chat", str(fresh.folder)]),
         (Exit.CONFIG, "did you mean student?", ["chat", str(fresh.folder), "--models", "studnet"]),
         (Exit.CONFIG, "recorded cannot be", ["chat", str(fresh.folder), "--models", "teacher"]),
         (Exit.CONFIG, "No such file", ["chat", str(finished / "nowhere")]),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distill.errors import DistillError, Exit
 from distill.storage.files import read_json, write_records
 from distill.storage.run_folder import Run
-from distill.training import checkpoint, train
+from distill.training import train
 from distill.training.adapters import WEIGHTS
 from distill.training.student import StudentModel
 from tests.support.training import (
@@ -128,24 +128,6 @@ def test_a_run_killed_after_its_best_step_ends_with_the_same_best_weights(past_i
     assert_same(outcome(run), outcome(past_its_best))
     one, other = (each.path("adapter") / WEIGHTS for each in (run, past_its_best))
     assert one.read_bytes() == other.read_bytes()
-
-
-def test_a_checkpoint_that_lost_its_best_weights_is_not_continued(past_its_best):
-    """As a CPU once wrote them: `best` holds the weights of the step that was saved."""
-    best = training(past_its_best)["best_step"]
-    run = make_worsening(past_its_best.folder.parent.parent, "lost")
-    for step in (best, best + 1):
-        saved = checkpoint.read(past_its_best.path(f"checkpoints/step-{step:08d}"))
-        groups = {name: saved.tensors(name) for name in ("adapter", "optimizer")}
-        groups["best"] = groups["adapter"]
-        facts = {name: saved.facts[name] for name in ("run", "epoch", "cursor")}
-        checkpoint.save(run.path("checkpoints"), step, groups, saved.state(), facts, keep=2)
-    with pytest.raises(DistillError, match=f"best.*step {best}.*step {best + 1}") as error:
-        train.main(run, allow_inexact=True)
-    assert error.value.code == Exit.TRAINING and "--redo train" in error.value.fix
-    (run.path("checkpoints") / f"step-{best + 1:08d}" / "manifest.json").unlink()
-    train.main(run)
-    assert_same(outcome(run), outcome(past_its_best))
 
 
 def test_early_stopping_stops_and_releases_the_weights_of_the_best_step(tmp_path):

@@ -109,14 +109,10 @@ class Budget:
     unknown: Decimal = NOTHING
     reserved: Decimal = NOTHING
 
-    @property
-    def committed(self) -> Decimal:
-        """Return the dollars that may have been spent when all that is in flight has ended."""
-        return self.settled + self.unknown + self.reserved
-
     def exceeded(self, dollars: Decimal = NOTHING) -> bool:
-        """Tell whether the limit is passed, or would be by these dollars too."""
-        return self.limit is not None and self.committed + dollars > self.limit
+        """Tell whether all that may have been spent, with these dollars too, passes the limit."""
+        most = self.settled + self.unknown + self.reserved + dollars
+        return self.limit is not None and most > self.limit
 
     def reserve(self, dollars: Decimal) -> bool:
         """Set dollars aside; False, and nothing is set aside, where they could exceed the limit."""

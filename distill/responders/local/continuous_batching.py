@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from distill.errors import DistillError, Exit
 from distill.models.arithmetic import PREFILL_TOKENS
-from distill.models.devices import kind, raise_device_error
+from distill.models.devices import raise_device_error
 from distill.responders.local.packed_linear import packed
 
 NAME = "distill_stream"  # of the attention function among those of transformers
@@ -174,7 +174,7 @@ class ContinuousBatch:
         self.resident: list[list[int]] = []  # by place: the ids whose keys are in the cache
         self.size = min(size, len(rows))
         self.cache = Cache(self.size, max((len(r.ids) + r.limit for r in rows), default=0))
-        self.budget = PREFILL_TOKENS[kind(model.device)]
+        self.budget = PREFILL_TOKENS[model.device.type]
 
     def __iter__(self) -> Iterator[list[BatchRow]]:
         while self.waiting or self.live:

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,14 +27,7 @@ from distill.models.chat_template import (
     find_turn,
     template_hash,
 )
-from distill.models.devices import (
-    device,
-    device_name,
-    free_memory,
-    kind,
-    pick_dtype,
-    release_memory,
-)
+from distill.models.devices import device, device_name, free_memory, pick_dtype, release_memory
 from distill.models.loading import context_length, load_merged, load_model, load_tokenizer
 from distill.models.registry import check_base, folder_facts, identity
 from distill.reasoning import PAIRS, split_reasoning
@@ -48,9 +41,6 @@ from distill.responders.local.continuous_batching import (
 from distill.responders.responder import Plan, Raw, Request
 from distill.storage.files import sha256_file
 from distill.storage.progress import say
-
-if TYPE_CHECKING:
-    pass
 
 MOST_TOO_LONG = 0.01  # of the prompts; more are a fault of the settings
 PLAN_TOKENS = 49_152  # of a plan's answers, where that is more than its batches: what a kill costs
@@ -162,11 +152,11 @@ class LocalResponder:
         )
         place = self.network.device
         plans = [Plan(requests=tuple(excess), slots=1)] if excess else []
-        room, limits = free_memory(place), LIMITS[kind(place)]
+        room, limits = free_memory(place), LIMITS[place.type]
         while ordered:
             sampling = ordered[0].sampling
             longest = lengths[ordered[0]] + sampling.max_new_tokens
-            size = self.concurrency or fitting_rows(room, self._row_bytes(longest), kind(place))
+            size = self.concurrency or fitting_rows(room, self._row_bytes(longest), place.type)
             most = max(PLAN_TOKENS // sampling.max_new_tokens, size * limits.batches)
             alike = [request for request in ordered[:most] if request.sampling == sampling]
             plans.append(Plan(requests=tuple(alike), slots=min(size, len(alike))))
@@ -179,7 +169,7 @@ class LocalResponder:
         Main memory is never asked: there an unfinished plan ends with the bytes that it began.
         """
         most, longest = self.concurrency or plan.slots, 1
-        if kind(self.network.device) == "cuda":
+        if self.network.device.type == "cuda":
             for request in plan.requests:
                 tokens = len(self._encode(request))
                 if not self._too_long(request, tokens):
@@ -282,7 +272,7 @@ class LocalResponder:
         heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         cache = 2 * shape.num_hidden_layers * heads * size * width
-        return row_bytes(cache, shape.vocab_size, width, kind(self.network.device), capacity)
+        return row_bytes(cache, shape.vocab_size, width, self.network.device.type, capacity)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, date: str) -> frozenset[int]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from distill.config.learning import Signals
 from distill.config.teachers import EndpointTeacher
 from distill.models.arithmetic import CAPTURE_BYTES, READ_TOKENS, logit_rows
-from distill.models.devices import kind
 from distill.storage.files import folder_lock, read_json, write_json
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import MODEL_FILE, Run
@@ -130,7 +129,7 @@ def read_head(
     """Yield slices of a batch's supervised positions, and their log-probabilities (S, V)."""
     hidden_SD, (head_VD, bias_V) = reader.states(batch), reader.head()
     head_VD, bias_V = head_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
-    rows = logit_rows(CAPTURE_BYTES, 4, vocabulary, kind(head_VD.device))
+    rows = logit_rows(CAPTURE_BYTES, 4, vocabulary, head_VD.device.type)
     for start in range(0, len(hidden_SD), rows):
         part = slice(start, start + rows)
         logits_SV = torch.nn.functional.linear(hidden_SD[part], head_VD, bias_V)
