@@ -18,7 +18,8 @@ from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage, require_made
 
-CHECKING = ("filter", "evaluate")  # the stages that check answers
+CHECKING = ("select", "filter", "evaluate")  # the stages that check answers
+LEARNING = ("generate", "filter", "signals", "train")  # those that a tranche goes through too
 
 
 def _lazy(path: str) -> Callable[..., Any]:
@@ -119,9 +120,28 @@ STAGES: tuple[Stage, ...] = (
         purpose="make the prompts of each task",
     ),
     Stage(
+        "select",
+        (
+            *(*TEACHER_KEYS, *SIGNAL_KEYS, "prompts", "filters", "student", "train", "seed"),
+            "evaluation.max_new_tokens",
+        ),
+        ("documents.jsonl", "prompts.jsonl", "tasks.json"),
+        ("selected.jsonl", "tranches"),
+        _lazy("distill.training.selection.main"),
+        lambda c: {
+            key: value
+            for stage in STAGES
+            if stage.name in LEARNING and stage.applies(c)
+            for key, value in stage.identity(c).items()
+        },
+        purpose="choose the prompts that a student of the first answers fails",
+        smaller=MORE_MEMORY,
+        applies=lambda config: config.prompts.select != "all",
+    ),
+    Stage(
         "generate",
         (*TEACHER_KEYS, "prompts.questions", "template_date"),
-        ("documents.jsonl", "prompts.jsonl"),
+        ("documents.jsonl", "prompts.jsonl", "selected.jsonl"),
         ("responses.jsonl", "questions.jsonl"),
         _lazy("distill.generation.generate.main"),
         lambda c: _lazy("distill.responders.kinds.identity")(c.teacher, c.engines),

@@ -150,6 +150,8 @@ class Response(Record):
     logprobs: tuple[TokenLogprob, ...] | None = None
     raw_sha256: str | None = None
     error: str | None = None
+    mean_logprob: Annotated[float | None, Field(exclude_if=lambda mean: mean is None)] = None
+    """Of its tokens, the end included, at temperature 1, where a local model was to record it."""
 
     @staticmethod
     def make_id(request_key: str, sample: int) -> str:

@@ -155,6 +155,17 @@ class Prompts(Section):
     """Held-out prompts at most; null takes all. More of them make the intervals narrower."""
     questions: Questions | None = None
     """Lets the teacher write questions about each document; null asks for none."""
+    select: Literal["all", "where_student_fails"] = "all"
+    """`where_student_fails` asks the teacher `train` prompts of all that the corpus gives: first a
+    quarter, then what a student trained on that fails or, unchecked, is least sure of."""
+
+    @model_validator(mode="after")
+    def _something_to_select(self) -> "Prompts":
+        if self.select != "all" and (self.train or 0) < 4:
+            raise ValueError("select needs train: how many prompts the teacher is asked, 4 or more")
+        if self.select != "all" and self.questions:
+            raise ValueError("select chooses among prompts that are there: set questions: null")
+        return self
 
 
 class Filters(Section):

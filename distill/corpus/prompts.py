@@ -16,7 +16,7 @@ from distill.corpus.clean import break_up
 from distill.errors import DistillError, Exit
 from distill.formatting import clip, one_line
 from distill.languages import SPACELESS, language_of
-from distill.records import SPLITS, Document, Message, Prompt, Response
+from distill.records import SPLITS, Document, Message, Prompt, Response, digest
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
@@ -33,6 +33,8 @@ SHORTEST, LONGEST = 12, 400  # characters of a question
 MOST = 1000  # questions about one document; each is compared with each
 SHOWN = 3  # prompts that are shown
 NEARLY_SAME = 0.7  # Jaccard similarity of the words of two questions
+# What `prompts.select` has chosen so far: each file holds what the one before it holds, and more
+TRANCHES = ("tranches/1/prompts.jsonl", "tranches/2/prompts.jsonl", "selected.jsonl")
 
 
 def main(run: Run) -> None:
@@ -58,7 +60,8 @@ def main(run: Run) -> None:
                 mine, [*tasks.values()], settings.per_document, settings.questions is not None
             )
             counts[split] = Counter()
-            for document, task in islice(pairs, getattr(settings, split)):
+            choosing = split == "train" and settings.select != "all"
+            for document, task in islice(pairs, None if choosing else getattr(settings, split)):
                 prompt = ask(task, document)
                 counts[split][prompt.task] += 1
                 if len(first) < SHOWN:
@@ -84,6 +87,31 @@ def identity(tasks: Sequence[str]) -> dict[str, str]:
     """Return the hash of each task's file."""
     paths = {name: task_path(name) for name in tasks or (PLAIN,)}
     return {f"task {name}": sha256_file(path) for name, path in paths.items() if path.is_file()}
+
+
+def drawn(run: Run) -> list[Prompt]:
+    """Return the prompts of the train split: those that are chosen, then others in a random order.
+
+    The order follows from the seed and the prompts' contents.
+    """
+    splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
+    path = next((p for p in map(run.path, reversed(TRANCHES)) if p.exists()), None)
+    chosen = {prompt.id for prompt in read_records(path, Prompt)} if path else set[str]()
+    prompts = read_records(run.path("prompts.jsonl"), Prompt)
+    train = [prompt for prompt in prompts if splits[prompt.document_id] == "train"]
+    return sorted(train, key=lambda p: (p.id not in chosen, digest([run.config.seed, p.id])))
+
+
+def asked(run: Run, share: float = 1.0) -> list[Prompt]:
+    """Return the prompts that the teacher is asked, or of the train split a share of them.
+
+    Where `prompts.select` has not chosen all, prompts in the random order stand for the others.
+    """
+    prompts, settings = read_records(run.path("prompts.jsonl"), Prompt), run.config.prompts
+    if settings.select == "all":
+        return prompts
+    others = {prompt.id for prompt in drawn(run)[int(share * (settings.train or 0)) :]}
+    return [prompt for prompt in prompts if prompt.id not in others]
 
 
 def assign_tasks(

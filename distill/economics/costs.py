@@ -14,7 +14,8 @@ from distill.records import LedgerEntry, Load, Timing, Usage
 from distill.responders.prices import MachinePrice, TokenPrice
 
 THOUSAND, MILLION = 1000, 1_000_000
-DISTILLATION = ("corpus", "prompts", "generate", "filter", "signals", "train", "evaluate")
+ASKING = ("select", "generate")  # in which the teacher answers
+DISTILLATION = ("corpus", "prompts", *ASKING, "filter", "signals", "train", "evaluate")
 NO_TIME = "not all answers were timed in this run, on its own device"
 NOT_APART = "reading the prompts was not timed apart"
 CONTRADICTED = (
@@ -161,7 +162,7 @@ def distillation_cost(
     if any(entry.attempts and entry.dollars is None for entry in entries):
         why_unpaid = "what the teacher's endpoint was paid is not known"
     why = why_unpaid or ("" if machine else why_no_machine)
-    bought = sum(entry.output_tokens for entry in entries if entry.stage == "generate")
+    bought = sum(entry.output_tokens for entry in entries if entry.stage in ASKING)
     return DistillationCost(
         seconds=seconds,
         dollars=None if why or machine is None else paid + machine.of(seconds),

@@ -7,7 +7,7 @@ from typing import Any
 
 from distill.config.teachers import EndpointTeacher, StatedCost, Teacher
 from distill.config.tree import Config, Questions
-from distill.corpus.prompts import prompts_for_questions, written_prompts
+from distill.corpus.prompts import asked, prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import find_turn
 from distill.models.loading import student_tokenizer
@@ -27,7 +27,7 @@ MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a
 
 
 def main(run: Run) -> None:
-    """Make responses.jsonl from prompts.jsonl, and questions.jsonl, which may be empty.
+    """Make responses.jsonl to the prompts asked, and questions.jsonl, which may be empty.
 
     Raises DistillError (exit 10) before anything is asked, where the terms do not allow it.
     """
@@ -35,7 +35,7 @@ def main(run: Run) -> None:
     settings, questions = config.teacher, list[Prompt]()
     run.note("terms", require_terms(settings, config.terms.basis).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
-    prompts = read_records(run.path("prompts.jsonl"), Prompt)
+    prompts = asked(run)
     require_turns(config, prompts)
     sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
     teacher = make_responder(settings, config, sources)

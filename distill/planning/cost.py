@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from distill.config.teachers import EndpointTeacher
 from distill.config.tree import Config
-from distill.corpus.prompts import question_shares, written_prompts
+from distill.corpus.prompts import asked, question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money
 from distill.generation.generate import question_requests, requests_of, schemas_of
@@ -234,12 +234,12 @@ def pilot(run: Run, count: int) -> str:
         what = f"a teacher of kind {config.teacher.kind} is not asked anything"
         raise DistillError(Exit.CONFIG, "--pilot", what, "leave it out")
     require(run, [stage for stage in STAGES if stage.name == "generate"])
-    perform(run, STAGES[: NAMES.index("generate")])
+    perform(run, STAGES[: NAMES.index("select")])
 
     def main(run: Run) -> None:
         nonlocal origin
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
-        prompts = read_records(run.path("prompts.jsonl"), Prompt)
+        prompts = asked(run, 0.25)  # of which it is certain that the run asks them
         sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
         at_once = {"batch": False} if isinstance(config.teacher, EndpointTeacher) else {}
         teacher = make_responder(config.teacher.model_copy(update=at_once), config, sources)

@@ -22,8 +22,10 @@ from distill.planning.machine import Machine
 from distill.planning.work import Work
 from distill.records import Record, Usage
 from distill.responders.prices import load_prices
+from distill.tasks.task import load_task
 from distill.training.soft_labels.cache import expected_bytes
 
+FAILED = 0.5  # of the prompts that a student tries, by their checker
 RETAINED = 0.85  # of the answers, by the filters: 224 of 264 on the quickstart
 READING = 1e6  # bytes of corpus that are cleaned, deduplicated and made into prompts in a second
 START = 4.0  # seconds to load a model
@@ -102,6 +104,7 @@ class RunEstimate:
         rows: dict[str, Effort | None] = {
             "corpus": (f"{count(self.work.documents)} documents", None, reading),
             "prompts": (f"{count(self.work.all_prompts)} prompts", None, reading),
+            "select": self.select() if config.prompts.select != "all" else None,
             "generate": self.generate(),
             "filter": (f"keeps about {RETAINED:.0%}", None, 1),
             "signals": self.signals() if config.captures else None,
@@ -116,6 +119,26 @@ class RunEstimate:
             tokens = None if tokens is None else round(tokens)
             plans.append(StagePlan(stage=stage, work=text, tokens=tokens, seconds=seconds))
         return plans
+
+    def select(self) -> Effort:
+        """Count trainings on a quarter and on half of the prompts, and what these students try.
+
+        Where all is checked, FAILED of their answers are expected to be wrong.
+        """
+        budget, pool, tasks = self.work.prompts["train"], self.work.pool, self.config.prompts.tasks
+        if pool is None:
+            return "asked in 3 tranches, 2 trainings; the corpus was not read", None, None
+        if pool <= budget:
+            return f"all of {count(pool)} prompts", None, 0
+        checked = bool(tasks) and all(load_task(name).checker for name in tasks)
+        needed = (budget / 4, budget / 2)  # as many as there are already
+        tries = sum(min(pool - more, more / FAILED if checked else pool) for more in needed)
+        flops = tries * arithmetic.answer_flops(self.student, self.prompt, self.answer)
+        _, tokens, seconds = self.train()
+        seconds = sum(needed) / budget * (seconds or math.nan) + 2 * START
+        seconds += self.machine.seconds(flops, self.config.student.dtype, "evaluate")
+        text = f"asked in 3 tranches, 2 trainings, {count(tries)} answers of the student"
+        return text, (tokens or 0.0) + tries * (self.prompt + self.answer), seconds
 
     def generate(self) -> Effort:
         """Count the teacher's answers that the store lacks."""
@@ -270,12 +293,13 @@ class RunEstimate:
         adapter, answers = 4.0 * self.adapter, self.work.all_prompts * teacher.n
         tokens = ANSWER * teacher.max_new_tokens * answers
         text = self.work.text_bytes + self.work.all_prompts * self.work.teacher.bytes
+        trainings = 3 if config.prompts.select != "all" else 1
         merged = self.stored_width() * float(self.student.parameters)
         sizes = {
             "models to fetch": fetched,
             "run": STORED * (text + 4 * tokens) + 1e6,
             # a checkpoint holds the adapter, its two moments and the best one
-            "checkpoints": (4 * config.train.save_total_limit + 1) * adapter,
+            "checkpoints": (4 * config.train.save_total_limit + 1) * adapter * trainings,
             "merged": merged,
             "release": merged + adapter,
         }

@@ -16,7 +16,7 @@ from distill.config.values import SAFE
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.devices import pick_dtype, unused_gpu
-from distill.pipeline import CHECKING, NAMES, STAGES
+from distill.pipeline import CHECKING, LEARNING, NAMES, STAGES
 from distill.publishing.obligations import agreement_of, license_of, obligations
 from distill.responders.endpoint.network import trusted
 from distill.responders.kinds import identity, make_responder
@@ -86,6 +86,7 @@ class Look:
                 state = "fresh" if stage in redo else run.state(stage)[0]
             remaining |= set() if state in ("done", "stale") else {stage.name}
         now = remaining.intersection(stage.name for stage in stages)
+        now |= remaining.intersection(LEARNING if "select" in now else ())
         first = min((NAMES.index(name) for name in now & COSTLY), default=len(NAMES))
         self.ahead = now | remaining.intersection(NAMES[first:])
         self.now = now if here else set[str]()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from distill.config.tree import Config
 from distill.corpus import corpus as corpus_stage
 from distill.corpus import prompts as prompts_stage
+from distill.corpus.prompts import asked, drawn
 from distill.errors import DistillError, Exit
 from distill.pipeline import STAGES
 from distill.records import SPLITS, Document, Message, Prompt
@@ -64,6 +65,7 @@ class Work(NamedTuple):
     text_bytes: float  # of all documents
     answer_tokens: float | None = None  # of one that the corpus brings
     texts: tuple[Sequence[Document], Sequence[Prompt]] | None = None
+    pool: int | None = None  # prompts for training to choose from, where they were read
 
     @property
     def all_prompts(self) -> float:
@@ -103,7 +105,7 @@ def _count(run: Run) -> Work:
     """Count what a run's stages made, and all questions that the teacher is yet to write."""
     config, counts = run.config, Counter[str]()
     documents = read_records(run.path("documents.jsonl"), Document)
-    prompts = read_records(run.path("prompts.jsonl"), Prompt)
+    prompts = asked(run)
     splits = {document.id: document.split or "train" for document in documents}
     for prompt in prompts:
         counts[splits[prompt.document_id]] += 1
@@ -122,6 +124,7 @@ def _count(run: Run) -> Work:
         text_bytes=sum(len(text.encode()) for text in passages),
         answer_tokens=answer.bytes / answer.bytes_a_token if brought else None,
         texts=(documents, prompts),
+        pool=len(drawn(run)),
     )
 
 

@@ -161,6 +161,7 @@ class Raw(Record):
             **{name: getattr(reply, name) for name in ("text", "reasoning", "stop", "error")},
             usage=reply.usage.model_copy(update={"seconds": self.usage.seconds}),
             raw_sha256=sha256 or hashlib.sha256(canonical(self.body)).hexdigest(),
+            mean_logprob=self.body.get("mean_logprob"),
         )
 
 

@@ -21,10 +21,8 @@ class InnerRun(Run):
     """The run in `folder` below `outer`, with some other sections; what it spends enters there."""
 
     def __init__(self, outer: Run, folder: str, **sections: object) -> None:
-        place = outer.path(folder)
-        named = {"name": place.name, "runs": place.parent, "store": outer.config.store_folder()}
-        super().__init__(outer.config.model_copy(update={**named, **sections}))
-        self.outer, self.ledger = outer, outer.ledger
+        super().__init__(outer.config.model_copy(update=sections), outer.path(folder))
+        self.outer, self.ledger, self.remade = outer, outer.ledger, outer.remade
 
 
 def training_prompts(run: Run) -> list[Prompt]:
@@ -48,15 +46,18 @@ def student_answers(
     sampling: Sampling,
     title: str,
     samples: int = 1,
+    logprobs: bool = False,
 ) -> list[Response]:
     """Let the student with `adapter`, or the base, answer each prompt `samples` times, in order.
 
-    Where reasoning is kept, it stands in the text, as it will be trained on.
+    Where reasoning is kept, it stands in the text, as it will be trained on. `logprobs` records
+    how sure the student was of each answer.
     """
     config, student = run.config, run.config.student
     model = (student.model, student.dtype, student.revision, config.template_date)
     template = {"template": student.chat_template_kwargs, "reasoning": config.reasoning}
     responder = LocalResponder.load(*model, adapter=adapter, trust=student.trust, **template)
+    responder.logprobs = logprobs
     asked = [
         Request.make(responder.origin, prompt.id, prompt.messages, sampling, sample)
         for prompt in prompts

@@ -28,6 +28,7 @@ from distill.storage.run_folder import Run, differences, flatten
 from distill.training import adapters, checkpoint, processes
 from distill.training.batches import Example, OptimizerStep, learning_rate, share
 from distill.training.encode import show
+from distill.training.inner_run import InnerRun
 from distill.training.prepare import Preparation
 
 SKIPS = 10  # steps in a row whose gradients float16 cannot hold: then the training ends
@@ -84,7 +85,8 @@ def main(run: Run, allow_inexact: bool = False, start: Path | None = None) -> No
             accelerator.end_training()
         finally:
             torch.set_flush_denormal(False)
-    if accelerator.is_main_process and not config.on_policy.rounds:  # else rounds train on
+    trained_on = config.on_policy.rounds or isinstance(run, InnerRun)
+    if accelerator.is_main_process and not trained_on:
         adapter, merged = run.path("adapter"), run.path("merged")
         adapters.write_merged(config.student, adapter, merged, config.reasoning)
 

@@ -218,6 +218,35 @@ def test_a_sampled_row_does_not_depend_on_its_batch(folder: Path) -> None:
     assert len(set(together.values())) > 1
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_an_answer_says_how_sure_it_is_where_it_is_asked_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, padded: bool
+) -> None:
+    """The mean is that of a pass over prompt and answer, at temperature 1, the end included."""
+    responder = LocalResponder.load(str(folder), "float32", concurrency=3)
+    if padded:
+        monkeypatch.setattr(local_model, "ContinuousBatch", answer_padded)
+    sampling = Sampling(temperature=temperature, max_new_tokens=9)
+    requests = {r.id: r for r in make_requests(responder.origin, 5, sampling)}
+    plain = {raw.id: raw for raw in responder.ask([*requests.values()])}
+    ids = sorted({i for raw in plain.values() for i in raw.body["ids"][1:5]})
+    responder.stop_ids = frozenset({ids[0]})  # so that some end
+    responder.logprobs, stops = True, set[str | None]()
+    for raw in [*responder.ask([*requests.values()])]:
+        prompt, answer = responder._encode(requests[raw.id]), raw.body["ids"]
+        logits = responder.network(input_ids=torch.tensor([prompt + answer])).logits[0]
+        logs = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+        mean = logs.gather(1, torch.tensor(answer)[:, None]).mean().item()
+        assert raw.response("p").mean_logprob == pytest.approx(mean, rel=1e-4)
+        assert answer == plain[raw.id].body["ids"][: len(answer)]
+        stops.add(raw.stop)
+    assert stops == {"end", "length"}
+    for raw in plain.values():
+        assert "mean_logprob" not in raw.body
+        assert "mean_logprob" not in raw.response("p").model_dump_json()
+
+
 def test_d8_a_prompt_too_long_is_its_own_failure(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

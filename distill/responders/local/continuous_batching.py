@@ -35,7 +35,7 @@ class BatchRow:
 
     def __init__(self, index: int, ids: list[int], limit: int) -> None:
         self.index, self.ids, self.limit, self.prompt = index, ids, limit, len(ids)
-        self.cached, self.seconds = 0, 0.0
+        self.cached, self.seconds, self.logprob = 0, 0.0, 0.0
 
     def answer(self) -> list[int]:
         """Return the answer's ids so far."""

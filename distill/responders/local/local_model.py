@@ -66,6 +66,7 @@ class LocalResponder:
         self.tokenizer, self.model, self.origin, self.date = tokenizer, name, origin, date
         self.concurrency, self._model = concurrency, model
         self.old_origin = old_origin  # by which an earlier distill stored the answers of a folder
+        self.logprobs = False  # whether an answer's mean log-probability is recorded with it
         self.most_rows: int | None = None  # at once, after an out-of-memory
         self._padded = False  # whether it was said
 
@@ -219,9 +220,14 @@ class LocalResponder:
 
         def choose(logits_BV: torch.Tensor, live: Sequence[BatchRow]) -> list[int]:
             if not sampling.temperature:  # on a CPU max is five times faster than argmax
-                return logits_BV.max(dim=-1).indices.tolist()
-            of_rows = [generators[row.index] for row in live]
-            return sample_ids(logits_BV, sampling.temperature, sampling.top_p, of_rows)
+                ids = logits_BV.max(dim=-1).indices.tolist()
+            else:
+                of_rows = [generators[row.index] for row in live]
+                ids = sample_ids(logits_BV, sampling.temperature, sampling.top_p, of_rows)
+            if self.logprobs:
+                for row, logprob in zip(live, logprobs_of(logits_BV, ids), strict=True):
+                    row.logprob += logprob
+            return ids
 
         with continuous_attention(self.network) as fits:
             if not fits and not self._padded:
@@ -241,6 +247,8 @@ class LocalResponder:
             for skip in (True, False)
         )
         body: dict[str, object] = {"ids": ids, "text": plain}
+        if self.logprobs:
+            body["mean_logprob"] = row.logprob / len(ids)
         # What marks a thought may be a special token, or stand in the prompt
         if self._opened or full != plain:
             text, thought = split_reasoning(self._opened + full)
@@ -286,6 +294,15 @@ def seeded(key: str, sample: int) -> torch.Generator:
     """Return the generator of one answer, seeded by its request's key and its sample index."""
     hashed = hashlib.sha256(f"{key} {sample}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(hashed[:8], "big") >> 1)
+
+
+def logprobs_of(logits_BV: torch.Tensor, ids: Sequence[int]) -> list[float]:
+    """Return the log-probability of an id a row, at temperature 1 and in float32."""
+    ids_B1 = torch.tensor(ids, device=logits_BV.device)[:, None]
+    # a few rows at once, whose copies stay in a processor's cache
+    parts = zip(logits_BV.split(4), ids_B1.split(4), strict=True)
+    logprobs = [rows.float().log_softmax(-1).gather(1, chosen)[:, 0] for rows, chosen in parts]
+    return torch.cat(logprobs).tolist()
 
 
 def sample_ids(
