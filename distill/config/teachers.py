@@ -34,6 +34,24 @@ Engine = Literal["distill", "vllm", "llama.cpp"]
 AnyEngine = Literal["auto", Engine]
 
 
+class Questions(Section):
+    """Questions that the teacher writes about each document."""
+
+    kinds: Annotated[
+        tuple[Literal["factual", "explain", "apply", "compare", "consequence"], ...],
+        Field(min_length=1),
+    ] = ("factual", "explain", "apply")
+    """Kinds of questions: factual, explain, apply, compare, consequence."""
+    per_document: Positive = 3
+    """Questions asked for each document, spread over the kinds."""
+    max_new_tokens: Positive = 256
+    """Tokens of a reply that lists questions, at most."""
+    answer_with_passage: bool = True
+    """Whether the teacher sees the document when it answers its questions."""
+    student_sees_passage: bool = False
+    """Whether the student sees the document, in training and when it is evaluated."""
+
+
 class EngineCommand(Section):
     """How an engine is started."""
 

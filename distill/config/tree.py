@@ -17,6 +17,7 @@ from distill.config.teachers import (
     EndpointTeacher,
     Engines,
     LocalTeacher,
+    Questions,
     Teacher,
 )
 from distill.config.values import (
@@ -120,24 +121,6 @@ class Corpus(Section):
         if self.source == "auto" and self.path is None and self.dataset is None:
             raise ValueError("needs path, dataset, or source: python-docs")
         return self
-
-
-class Questions(Section):
-    """Questions that the teacher writes about each document."""
-
-    kinds: Annotated[
-        tuple[Literal["factual", "explain", "apply", "compare", "consequence"], ...],
-        Field(min_length=1),
-    ] = ("factual", "explain", "apply")
-    """Kinds of questions: factual, explain, apply, compare, consequence."""
-    per_document: Positive = 3
-    """Questions asked for each document, spread over the kinds."""
-    max_new_tokens: Positive = 256
-    """Tokens of a reply that lists questions, at most."""
-    answer_with_passage: bool = True
-    """Whether the teacher sees the document when it answers its questions."""
-    student_sees_passage: bool = False
-    """Whether the student sees the document, in training and when it is evaluated."""
 
 
 class Prompts(Section):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from distill import shipped_table
-from distill.config.tree import Questions
+from distill.config.teachers import Questions
 from distill.corpus.clean import break_up
 from distill.errors import DistillError, Exit
 from distill.formatting import clip, one_line

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from distill.config.teachers import EndpointTeacher, StatedCost, Teacher
-from distill.config.tree import Config, Questions
+from distill.config.teachers import EndpointTeacher, Questions, StatedCost, Teacher
+from distill.config.tree import Config
 from distill.corpus.prompts import asked, prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import find_turn

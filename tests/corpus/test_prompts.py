@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config.tree import Questions
+from distill.config.teachers import Questions
 from distill.config.yaml_file import load_config, parse_yaml, read_text
 from distill.corpus import prompts
 from distill.corpus.clean import break_up

@@ -13,7 +13,7 @@ from distill.models.chat_template import encode_prompt
 from distill.models.loading import load_model
 from distill.models.registry import record_base
 from distill.records import Message
-from distill.responders.local import local_model
+from distill.responders.local import continuous_batching, local_model
 from distill.responders.local.continuous_batching import (
     NAME,
     BatchRow,
@@ -226,12 +226,12 @@ def test_an_answer_says_how_sure_it_is_where_it_is_asked_to(
     """The mean is that of a pass over prompt and answer, at temperature 1, the end included."""
     responder = LocalResponder.load(str(folder), "float32", concurrency=3)
     if padded:
-        monkeypatch.setattr(local_model, "ContinuousBatch", answer_padded)
+        monkeypatch.setattr(continuous_batching, "_agrees", lambda *values: False)
     sampling = Sampling(temperature=temperature, max_new_tokens=9)
     requests = {r.id: r for r in make_requests(responder.origin, 5, sampling)}
     plain = {raw.id: raw for raw in responder.ask([*requests.values()])}
-    ids = sorted({i for raw in plain.values() for i in raw.body["ids"][1:5]})
-    responder.stop_ids = frozenset({ids[0]})  # so that some end
+    stop = uneven_stop([raw.body["ids"] for raw in plain.values()])
+    responder.stop_ids = frozenset({stop})
     responder.logprobs, stops = True, set[str | None]()
     for raw in [*responder.ask([*requests.values()])]:
         prompt, answer = responder._encode(requests[raw.id]), raw.body["ids"]

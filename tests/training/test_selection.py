@@ -1,7 +1,7 @@
 """Prompts are bought where the student fails: which are chosen, kills, and nothing paid twice."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from functools import partial
 from itertools import pairwise
@@ -67,7 +67,7 @@ def write_config(folder: Path, teacher: FakeTeacher | str, **prompts: Any) -> Pa
         "terms": {"basis": "our own fake teacher"},
         "student": {"model": str(make_tiny(folder / "model")), "dtype": "float32"},
         "train": {
-            **{"learning_rate": 0.02, "max_steps": 20, "tokens_per_step": 128, "bf16": False},
+            **{"learning_rate": 0.02, "max_steps": 30, "tokens_per_step": 128, "bf16": False},
             **{"lora": {"r": 4, "alpha": 8}, "eval_steps": 10, "save_steps": 10},
         },
         "evaluation": {"prices": str(folder / "prices.yaml")},
@@ -187,7 +187,7 @@ def prompt_of(text: str, reference: str | None = "yes", task: str = "ask") -> Pr
 
 
 def chosen_by(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, tuple[str, float | None]]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, answers: Mapping[str, tuple[str, float | None]]
 ) -> tuple[str, int]:
     """Return which of some prompts are the three hardest, and how many were tried: `answers` says
     what the student answers, and how sure it is of that; None where there was no room."""
