@@ -164,6 +164,8 @@ class Pair(Record):
 
     prompt: Prompt
     response: Response
+    # A wrong answer, which gives soft labels and whose tokens are not learnt
+    only_signals: Annotated[bool, Field(exclude_if=lambda only: not only)] = False
 
 
 class Item(Record):

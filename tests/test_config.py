@@ -261,12 +261,20 @@ def test_a_mapping_override_changes_only_what_it_names():
         ),
         (["signals.p=1"], "allowed: above 0, below 1"),
         (["signals.k=0"], "allowed: at least 1"),
+        (["filters.failed_checker=signals_only"], "signals_only needs soft labels, and train.loss"),
+        (["filters.failed_checker=maybe"], "'drop', 'signals_only' or 'keep', not 'maybe'"),
     ],
 )
 def test_soft_labels_that_cannot_be_are_refused(overrides, says):
     with pytest.raises(DistillError) as fault:
         load_config(ROOT / "configs/gsm8k.yaml", overrides)
     assert says in str(fault.value) and fault.value.code == Exit.CONFIG
+
+
+@pytest.mark.parametrize(("written", "word"), [("true", "drop"), ("false", "keep")])
+def test_what_becomes_of_wrong_answers_was_a_switch(written, word):
+    config = load(f"filters.failed_checker={written}")
+    assert config.resolved()["filters"]["failed_checker"] == word
 
 
 def test_distributions_are_the_teacher_s_or_those_of_a_model_of_one_s_own_choice():

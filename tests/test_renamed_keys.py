@@ -211,6 +211,14 @@ def test_what_another_kind_of_teacher_left_at_its_default_is_no_difference():
     ]
 
 
+def test_what_was_a_switch_once_is_the_word_that_it_meant():
+    key = "filters.failed_checker"
+    for switch, word, other in ((True, "drop", "keep"), (False, "keep", "signals_only")):
+        assert differences({key: switch}, {key: word}) == []
+        assert differences({key: switch}, {key: other}) == [f"{key} was {word}, is {other}"]
+    assert differences({}, {key: "drop", "filters.answers_per_prompt": None}) == []
+
+
 def test_a_section_that_was_off_is_no_section_of_defaults():
     questions = {f"prompts.questions.{k}": v for k, v in {"per_document": 3}.items()}
     said = ["prompts.questions.per_document was unset, is 3"]

@@ -24,6 +24,8 @@ RENAMED = {
     "samples": "bootstrap_samples",
 }
 FORMER_DEFAULTS = {"max_consecutive_failures": 100}  # in the resolved configs of older runs
+# What a switch was before it had more than two values
+SWITCHES = {"filters.failed_checker": {True: "drop", False: "keep"}}
 BEFORE = {"engine": "distill"}  # what runs are made with that are older than the key
 KeyPath = tuple[str, ...]
 RESPONDERS: tuple[KeyPath, ...] = (("teacher",), ("evaluation", "judge"), ("signals", "endpoint"))
@@ -60,6 +62,11 @@ def present_path(path: Sequence[str], annotation: object) -> KeyPath:
 def _present_name(name: str, fields: dict[str, FieldInfo]) -> str:
     new = RENAMED.get(name, name)
     return new if new in fields and name not in fields else name
+
+
+def present_value(key: str, value: object) -> object:
+    """Return the present word for what a key held when it was a switch."""
+    return SWITCHES.get(key, {}).get(value, value) if isinstance(value, bool) else value
 
 
 def rename_keys(tree: object, annotation: object, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:

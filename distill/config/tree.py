@@ -4,12 +4,14 @@ Config reaches a stage's `main` and stops there. `distill.config.yaml_file` read
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distill.config.learning import OnPolicy, Signals, Student, Train
+from distill.config.renamed_keys import present_value
 from distill.config.teachers import (
     AnyEngine,
     AnyJudge,
@@ -164,8 +166,14 @@ class Filters(Section):
     """Drops answers that repeat themselves over and over."""
     wrong_format: bool = True
     """Drops answers without the form that their task asks for (JSON, code)."""
-    failed_checker: bool = True
-    """Drops answers that the checker of their task rejects."""
+    failed_checker: Annotated[
+        Literal["drop", "signals_only", "keep"],
+        BeforeValidator(partial(present_value, "filters.failed_checker")),
+    ] = "drop"
+    """What becomes of answers that the checker of their task rejects: `drop` drops them, `keep`
+    trains on them, `signals_only` on the teacher's distributions there, and not on their tokens."""
+    answers_per_prompt: Positive | None = None
+    """Distinct answers kept of a prompt, the first ones, right before wrong; null keeps all."""
     max_answer_tokens: Positive | None = None
     """Drops answers of more tokens, as counted by the teacher; null keeps long ones."""
     python: tuple[str, ...] = ()
@@ -321,6 +329,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _distributions_can_be_had(self) -> "Config":
+        if self.filters.failed_checker == "signals_only" and not self.train.loss.soft:
+            what = "filters.failed_checker signals_only needs soft labels, and train.loss has none"
+            raise ValueError(f"{what}: say drop or keep, or add a part (train.loss.forward_kl: 1)")
         if not self.distributions:
             return self
         loss, signals, teacher = self.train.loss, self.signals, self.soft_teacher()

@@ -4,7 +4,9 @@ What is unknown is None, with its reason beside it.
 """
 
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from distill.evaluation.measurements import CardRecord, Comparison, Difference, Model
 from distill.evaluation.statistics import FEWEST_DOCUMENTS, Estimate
@@ -195,6 +197,7 @@ class Funnel(CardRecord):
     kept_train: int = 0
     kept_validation: int = 0
     kept_heldout: int = 0
+    only_signals: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
     dropped: dict[str, int] = {}
 
 

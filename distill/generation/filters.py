@@ -1,12 +1,14 @@
 """The filter stage: which answers are trained on. Every answer that is dropped keeps its reason.
 
 Held-out pairs are never filtered: a teacher that fails there must score 0. Of several samples of a
-prompt, all that pass and differ in text are kept: rejection sampling.
+prompt, all that pass and differ are kept, or the first few: rejection sampling.
 """
 
 import re
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 
 import numpy as np
 
@@ -40,7 +42,20 @@ LOOPS = ((1, 60), (2, 30), (3, 20), (4, 6), (8, 4))
 MOST_REPEATED = 0.5  # of the word triples of prose may have occurred before
 TRIPLES, VOCABULARY = 30, 8  # with fewer of either, an answer is too short to judge by them
 PROSE = 100  # characters of a line, on average: verses and tables have shorter ones
-CONTAMINATED = "holds a held-out item"
+CONTAMINATED, WRONG = "holds a held-out item", "failed checker"
+# What makes a text code: a fence, an indent, a statement's end, a call
+CODE_LINE = re.compile(r"```|~~~|^[ \t]+\S|[{}\]>;][ \t\r]*$|^[\w.]+\(.*\)[ \t\r]*$", re.MULTILINE)
+EMPHASIS = re.compile(
+    r"(?<![\w*\\])(?:(\*{1,3})(?=[^\s*])([^*\n]++)(?<=\S)\1(?![\w*])"
+    r"|_(?=[^\s_])([^_\n]++)(?<=\S)_(?!\w))"
+)
+LAST_MARK = re.compile(r"(?<=[^\W\d_]{2})!$|(?<![.,:])[.,:\u3002]$")  # not of 5! and "1, 2, ..."
+# Where case may say something: symbols (x = X, `ls -A`), units (5 mW), formulas (H2O, f(X))
+CASED = re.compile(
+    r"""[^\w\s.,;:!?'"()%$#\u2013-\u201d-]|\$(?!\d)|_|\w\(|\d\s?[^\W\d_]{1,2}\b|[^\W\d_]\d|\s-+[^\W\d_]"""
+)
+# All but ASCII, exponents, indices and fractions, which NFKC makes digits of the number before
+FORMS = re.compile("[^\x00-\x7f\xb2\xb3\xb9\xbc-\xbe\u2070-\u209f\u2150-\u215f]+")
 
 
 class Dropped(Record):
@@ -67,20 +82,25 @@ def main(run: Run) -> None:
         (p for p in pairs if splits[p.prompt.document_id] != "heldout"),
         (p for p in prompts.values() if splits[p.document_id] == "heldout"),
     )
-    filters = active_filters(run.config.filters, tasks_of_run(run.folder))
+    settings, keep = run.config.filters, run.config.reasoning == "keep"
+    filters = active_filters(settings, tasks_of_run(run.folder))
     filters.append(lambda p, r: CONTAMINATED if r.id in contaminated else None)
     dropped, dataset = list[Dropped](), dict[Split, list[Pair]]()
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
         if split != "heldout":
-            mine = sift(mine, split, filters, dropped, run.config.reasoning == "keep")
+            soft = split == "train" and settings.failed_checker == "signals_only"
+            mine = sift(mine, split, filters, dropped, keep, soft, settings.answers_per_prompt)
         dataset[split] = mine
         write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)
     rows = [f"{len(mine)} kept for {split}" for split, mine in dataset.items()]
+    if only_signals := sum(pair.only_signals for pair in dataset["train"]):
+        rows[0] += f" ({only_signals} of them for soft labels alone)"
     reasons = Counter(row.reason for row in dropped).most_common()
     funnel = {"prompts": len({pair.prompt.id for pair in pairs}), "answers": len(pairs)}
     funnel |= {f"kept_{split}": len(mine) for split, mine in dataset.items()}
+    funnel |= {"only_signals": only_signals} if only_signals else {}
     write_json(run.path("funnel.json"), funnel | {"dropped": dict(reasons)})
     rows += [f"{count} dropped: {reason}" for reason, count in reasons]
     say(f"filter: {len(pairs)} answers; {'; '.join(rows)}")
@@ -111,7 +131,7 @@ def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:
         (settings.refusal, lambda p, r: "refusal" if is_refusal(r.text) else None),
         (settings.repetition, repetition),
         (settings.wrong_format, lambda p, r: rejected(find(p.task), p, r, "wrong format")),
-        (settings.failed_checker, lambda p, r: rejected(find(p.task), p, r, "failed checker")),
+        (settings.failed_checker != "keep", lambda p, r: rejected(find(p.task), p, r, WRONG)),
         (True, lambda p, r: "too long" if most and r.usage.output_tokens > most else None),
         *((True, find_callable("filter", name)) for name in settings.python),
     ]
@@ -124,23 +144,53 @@ def sift(
     filters: Sequence[Filter],
     dropped: list[Dropped],
     reasoning: bool = False,
+    soft: bool = False,
+    most: int | None = None,
 ) -> list[Pair]:
-    """Return the pairs that pass; the others, and repeats of an answer, are added to `dropped`."""
-    results, seen = list[Pair](), set[tuple[str, str]]()
+    """Return the pairs that pass, of a prompt `most`; the others are added to `dropped`.
+
+    With `soft`, wrong answers pass too, after the right ones, whose place none takes, and marked.
+    """
+    judged = list[tuple[bool, str | None, Pair]]()
     for pair in pairs:
-        prompt, response = pair.prompt, pair.response
-        reason = next((why for f in filters if (why := f(prompt, response))), None)
-        answer = (prompt.id, response.text.strip())
-        if reason := reason or ("same answer again" if answer in seen else None):
+        reasons = (reason for f in filters if (reason := f(pair.prompt, pair.response)))
+        reason = next(reasons, None)
+        wrong = soft and reason == WRONG
+        judged.append((wrong, next(reasons, None) if wrong else reason, pair))
+    results, answers = list[Pair](), defaultdict[str, set[str]](set)
+    for wrong, reason, pair in sorted(judged, key=itemgetter(0)):
+        prompt, response, mine = pair.prompt, pair.response, answers[pair.prompt.id]
+        form = same_as(response.text)
+        if not reason and (form in mine or len(mine) == most):
+            reason = "same answer again" if form in mine else "more than answers_per_prompt"
+        if reason:
             names = {"prompt_id": prompt.id, "response_id": response.id, "task": prompt.task}
             dropped.append(Dropped(**names, split=split, reason=reason, text=response.text))
             continue
-        seen.add(answer)
+        mine.add(form)
         if reasoning and response.reasoning:
             text = join_thought(response.text, response.reasoning)
-            pair = Pair(prompt=prompt, response=response.model_copy(update={"text": text}))
-        results.append(pair)
+            response = response.model_copy(update={"text": text})
+        results.append(pair.model_copy(update={"response": response, "only_signals": wrong}))
     return results
+
+
+def same_as(text: str) -> str:
+    """Return the form that answers share which count as the same one.
+
+    Code stays as it is, but for a fence around all of it and space at the ends of lines. Of prose,
+    characters have one form (NFKC, but 10² is not 102), white space is one space, markdown's
+    emphasis and a last full stop go, and case goes where it can say nothing.
+    """
+    body = strip_fence(text)
+    if body != text.strip() or CODE_LINE.search(body):
+        return "\n".join(line.rstrip() for line in body.split("\n"))
+    body = unicodedata.normalize("NFC", body)
+    body = FORMS.sub(lambda match: unicodedata.normalize("NFKC", match[0]), body)
+    for _ in range(2):  # emphasis within emphasis
+        body = EMPHASIS.sub(r"\2\3", body)
+    body = LAST_MARK.sub("", " ".join(body.split()))
+    return body if CASED.search(body) else body.casefold()
 
 
 def repetition(prompt: Prompt, response: Response) -> str | None:

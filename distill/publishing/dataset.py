@@ -9,10 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from huggingface_hub import DatasetCard, DatasetCardData
+from pydantic import Field
 
 from distill.corpus.privacy import mask
 from distill.errors import DistillError, Exit
@@ -29,7 +30,7 @@ from distill.publishing.card import (
 )
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
-from distill.records import Document, Message, Prompt, Record, Response, Stop
+from distill.records import Document, Message, Pair, Prompt, Record, Response, Stop
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records, replacing, write_records
 from distill.storage.progress import say
@@ -58,6 +59,8 @@ class Answer(Record):
     stop: Stop
     usage: dict[str, Any]
     dropped: str  # by a filter, why
+    # Wrong, and kept for soft labels: a column of all rows, where the filters keep such answers
+    only_signals: Annotated[bool | None, Field(exclude_if=lambda only: only is None)] = None
 
 
 class SoftLabel(Record):
@@ -134,6 +137,9 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     sources = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
     prompts = {p.id: p for path in sources if path.exists() for p in read_records(path, Prompt)}
+    marking = config.filters.failed_checker == "signals_only"
+    train = read_records(run.path("dataset/train.jsonl"), Pair) if marking else []
+    marks = {(pair.prompt.id, pair.response.id) for pair in train if pair.only_signals}
     rejected = read_records(run.path("dropped.jsonl"), Dropped)
     reasons = {(row.prompt_id, row.response_id): row.reason for row in rejected}
     for response in read_records(run.path("responses.jsonl"), Response):
@@ -174,6 +180,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
             stop=response.stop,
             usage=response.usage.model_dump(exclude={"device"}),
             dropped=reasons.get((prompt.id, response.id), ""),
+            only_signals=(prompt.id, response.id) in marks if marking else None,
         )
         yield Placed(SPLIT_NAMES[document.split or "train"], row, masked)
 
@@ -245,7 +252,7 @@ def make_card(
         licenses=licenses,
         counts=counts,
         tasks=sorted(Counter(one.row.task for one in raw).items()),
-        filters=[name for name, value in config.filters if value],
+        filters=[name for name, value in config.filters if value and value != "keep"],
         funnel=Funnel.model_validate(read_json(run.path("funnel.json"))),
         terms=terms,
         private=sorted(sum((one.masked for one in raw), Counter[str]()).items()),

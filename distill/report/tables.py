@@ -298,6 +298,7 @@ def funnel_steps(
         *(("prompts", funnel.prompts, "in"), ("answers", funnel.answers, "in")),
         *((f"dropped: {reason}", n, "dropped") for reason, n in funnel.dropped.items()),
         ("kept: train", funnel.kept_train, "kept"),
+        *([("of them soft labels alone", soft, "kept")] if (soft := funnel.only_signals) else []),
         ("kept: validation", funnel.kept_validation, "kept"),
         ("kept: heldout", funnel.kept_heldout, "kept"),
     ]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
-from distill.config.renamed_keys import BEFORE, fields_in, present_path
+from distill.config.renamed_keys import BEFORE, fields_in, present_path, present_value
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config, place_of, with_values
 from distill.errors import DistillError, Exit, one_line
@@ -278,7 +278,7 @@ def differences(
     old |= unnamed(old, new)
     settings, hashed = [], dict[str, list[str]]()
     for key in sorted(old.keys() | new.keys()):
-        before, after = _setting(old, key), _setting(new, key)
+        before, after = (present_value(key, _setting(facts, key)) for facts in (old, new))
         unset = before in (None, "") and after in (None, "")
         if before == after or unset or key in ignored:
             continue

@@ -24,6 +24,11 @@ class Example(NamedTuple):
     response_id: str
     input_ids: tuple[int, ...]
     weights: tuple[float, ...]
+    only_signals: bool = False  # all parts but the cross-entropy
+
+    def target(self, i: int) -> int:
+        """Return token `i` as a target: -1 for one whose cross-entropy does not count."""
+        return -1 if self.only_signals else self.input_ids[i]
 
 
 @dataclass(frozen=True)

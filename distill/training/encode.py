@@ -61,7 +61,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, pair: Pair, date: str) -> Ex
     ids = (*prompt_ids, *answer_ids)
     weights = (0.0,) * len(prompt_ids) + (1.0,) * len(answer_ids)
     identity = digest({"ids": ids, "weights": weights})
-    return Example(id=identity, response_id=response.id, input_ids=ids, weights=weights)
+    return Example(identity, response.id, ids, weights, pair.only_signals)
 
 
 def check_template(
@@ -127,6 +127,8 @@ def encode_split(
     """Tokenise a split of the run's dataset; validation may be empty, training may not."""
     path = run.path(f"dataset/{split}.jsonl")
     pairs = read_records(path, Pair) if path.exists() else []
+    if not run.config.train.loss.soft:  # as a trial of a search on text may have it
+        pairs = [pair for pair in pairs if not pair.only_signals]
     if not pairs and split == "validation":
         return []
     return encode_pairs(tokenizer, pairs, run.config.template_date, limit, path)

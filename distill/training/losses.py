@@ -285,8 +285,8 @@ def soft_loss(
     """Return the weighted sum of a mixed loss, the sum of weights, and each part's weighted sum.
 
     `mix` gives each part's weight, such as {"ce": 0.5, "forward_kl": 0.5}; the parts' sums are
-    before it. Raises ValueError for targets of other positions, or lists without a tail for a
-    temperature other than 1.
+    before it. A target of -1 adds 0 to `ce`, and counts in the sum of weights as any. Raises
+    ValueError for targets of other positions, or lists without a tail for another temperature.
     """
     positions = len(soft.hidden_ND if isinstance(soft, Live) else soft.tail_mass_N)
     if not len(hidden_SD) == len(targets_S) == positions:
@@ -327,9 +327,10 @@ def _measure_live(
         both.append(Distribution(probs_RV, (z_RV if T == 1 else z_RV.float() / T) - sums_R1))
     values, grad_RV = mixture.diverge(*both)
     if mixture.hard:
-        value, gradient = score_tokens(logits_RV, targets_S[positions])
-        values.insert(0, value)
-        gradient.mul_(mixture.hard)[:, :V] += grad_RV
+        hard_R = (targets_S[positions] >= 0).float()
+        value, gradient = score_tokens(logits_RV, targets_S[positions].clamp_min(0))
+        values.insert(0, value * hard_R)
+        gradient.mul_(mixture.hard * hard_R[:, None])[:, :V] += grad_RV
         logits_RV.copy_(gradient)
     else:
         logits_RV[:, :V] = grad_RV
@@ -356,6 +357,7 @@ def _cached_measure(mixture: Mixture, soft: SoftTargets, targets_S: Tensor) -> M
 
     def measure(positions: slice, logits_RV: Tensor, _: Tensor) -> Tensor:
         bounds, targets_R = offsets[positions.start : positions.stop + 1], targets_S[positions]
+        hard_R, targets_R = (targets_R >= 0).float(), targets_R.clamp_min(0)
         listed, longest = slice(bounds[0], bounds[-1]), max(b - a for a, b in pairwise(bounds))
         rows_M, columns_M = rows_all[listed] - positions.start, columns_all[listed]
         ids_M = soft.ids_M[listed]
@@ -376,16 +378,18 @@ def _cached_measure(mixture: Mixture, soft: SoftTargets, targets_S: Tensor) -> M
         teacher = table(teacher_logits_M[listed], tails_N[positions])
         values, grad_RO = mixture.diverge(teacher, student)
         if hard and not apart:
-            values.insert(0, (sums_R1 - logits_RV.gather(1, targets_R[:, None])).squeeze(1))
-            grad_RO.add_(student.probs, alpha=hard)
+            losses_R1 = sums_R1 - logits_RV.gather(1, targets_R[:, None])
+            values.insert(0, losses_R1.squeeze(1) * hard_R)
+            grad_RO.add_(student.probs * hard_R[:, None], alpha=hard)
         # The tail's gradient is shared out among the unlisted tokens in proportion.
         grad_RV = probs_RV.mul_((grad_RO[:, 0] / tails_R.clamp_min(TINY))[:, None])
         grad_RV[rows_M, ids_M] = grad_RO[rows_M, columns_M]
         if hard and not apart:
-            grad_RV[torch.arange(len(targets_R), device=grad_RV.device), targets_R] -= hard
+            rows_R = torch.arange(len(targets_R), device=grad_RV.device)
+            grad_RV[rows_R, targets_R] -= hard * hard_R
         elif apart:
-            values.insert(0, apart[0])
-            grad_RV.add_(apart[1], alpha=hard)
+            values.insert(0, apart[0] * hard_R)
+            grad_RV.add_(apart[1].mul_(hard_R[:, None]), alpha=hard)
         logits_RV.copy_(grad_RV)
         return torch.stack(values)
 

@@ -161,7 +161,9 @@ def pinned_facts(
             "train": {k: v for k, v in resolved["train"].items() if k not in UNPINNED},
             "seed": config.train_seed,
             "template_date": config.template_date,
-            "data": digest([[e.id for e in examples], [e.id for e in validation]]),
+            "data": digest(
+                [[e.id + "*" * e.only_signals for e in s] for s in (examples, validation)]
+            ),
             "base": registry.identity(config.student.model, config.student.revision),
             **registry.folder_facts("base", config.student.model),
             "template": template_hash(tokenizer, config.template_date),

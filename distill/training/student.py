@@ -36,7 +36,8 @@ PROBE = (range(7), range(3, 10)), range(7, 19)  # ids of the probe's samples; th
 class Batch:
     """A row of samples: ids, positions and segments; where, what and how heavily to predict.
 
-    Index `indices_S` of the row predicts `targets_S`, a token of the sample `owners_S`.
+    Index `indices_S` of the row predicts `targets_S`, a token of the sample `owners_S`, or -1 where
+    that has soft labels alone.
     """
 
     ids_N: Tensor
@@ -63,7 +64,7 @@ class Batch:
         positions = [torch.arange(s.end - s.start) + s.position() for s in row.segments]
         tokens = [(n, i) for n in range(len(examples)) for i in learned[n]]
         # Token i of a sample is predicted at its token i - 1.
-        columns = [(row.indices[n][i - 1], examples[n].input_ids[i], n) for n, i in tokens]
+        columns = [(row.indices[n][i - 1], examples[n].target(i), n) for n, i in tokens]
         columns_S3 = send(torch.tensor(columns, dtype=torch.long).view(-1, 3), device)
         weights_S = torch.tensor([examples[n].weights[i] for n, i in tokens], dtype=torch.float32)
         ids_N, positions_N = torch.tensor(row.ids), torch.cat(positions)

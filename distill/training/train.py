@@ -1,8 +1,9 @@
 """Train the student's adapter: our own loop on Accelerate, on a CPU exact to the bit when resumed.
 
 A step's loss is the sum over its supervised tokens, divided once by their number over all
-micro-batches and processes, so any number of processes takes the same steps. Where the run stands
-is one number, its step: the order and the random numbers follow from it and the seed.
+micro-batches and processes, so any number of processes takes the same steps. That number is the
+same for each part: tokens of soft labels alone count in it, with a cross-entropy of 0. Where the
+run stands is one number, its step: the order and the random numbers follow from it and the seed.
 """
 
 import math

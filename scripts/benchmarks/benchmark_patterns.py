@@ -277,6 +277,7 @@ READERS: dict[str, Reader] = {
     "corpus.corpus.split": splits,
     "corpus.prompts.ask": lambda text: prompts.ask(load_task("summary"), Document.make(text, "f")),
     "generation.filters.active_filters": filtered(filters.active_filters(EVERY_FILTER)),
+    "generation.filters.same_as": filters.same_as,
     "responders.endpoint.wire.read_reply": lambda text: wire.read_reply(body(text)),
     "responders.endpoint.wire.read_reply, raw": lambda text: wire.read_reply(text.encode()),
     "responders.endpoint.wire.read_reply, thought": lambda text: wire.read_reply(

@@ -9,11 +9,15 @@ import pytest
 
 from distill.config.tree import Filters
 from distill.errors import DistillError, Exit
+from distill.evaluation.scorecard import Funnel
 from distill.generation import filters
+from distill.generation.filters import same_as
 from distill.pipeline import STAGES
 from distill.records import Document, Message, Pair, Prompt, Response, Split, Stop, Usage
+from distill.report.tables import funnel_steps
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
+from distill.training.inner_run import training_prompts
 from tests.support.runs import make_run
 
 JSON = json.dumps({"name": "f", "purpose": "p", "parameters": [], "returns": None})
@@ -154,7 +158,8 @@ def test_formats_and_checkers():
     number = prompt("math_word_problem", reference="42")
     assert reason("so it is #### 42", number) is None
     assert reason("so it is #### 41", number) == "failed checker"
-    assert reason("so it is #### 41", number, failed_checker=False) is None
+    for word in ("keep", False):  # as it was written once
+        assert reason("so it is #### 41", number, failed_checker=word) is None
     assert reason("so it is 41", prompt("math_word_problem")) is None, "no reference, no verdict"
     assert reason("anything", prompt("a-task-without-a-file")) is None
 
@@ -169,14 +174,102 @@ def test_of_several_samples_all_that_pass_and_differ_stay():
     assert [row.reason for row in dropped] == ["failed checker", "same answer again"]
 
 
-def with_answers(folder: Path, answers: dict[Split, list[str]]) -> Run:
+SAME = [
+    ("The answer is **42**.", "the answer is 42"),
+    ("**so *it* is** _so_", "So it is so"),
+    ("Yes!", "yes"),
+    ("a  b\nc\u00a0d", "A b c d"),
+    ("\uff14\uff12 cafe\u0301s", "42 CAFÉS"),
+    ("It costs $5.", "it costs $5"),
+    ("答案是四十二\u3002", "答案是四十二"),
+    ("```python\nx = 1\n```", "```\nx = 1  \n```"),
+]
+OTHER = [
+    *(("3+4", "3-4"), ("2*3*4", "234"), ("2 * 3 * 4", "2 3 4"), ("10²", "102"), ("1½", "112")),
+    *(("5!", "5"), ("n!", "n"), ("1, 2, ...", "1, 2"), ("3.5", "35"), ("He left?", "He left.")),
+    *(("5 mW", "5 MW"), ("H2O", "h2o"), ("$x$ is it", "$X$ is it"), ("x = 1", "X = 1")),
+    *(("`x`", "`X`"), ("print(x)", "print(X)"), ("ls -A", "ls -a"), ("x_i", "xi")),
+    *(("__init__", "init"), ("```\nx\n```", "```\nX\n```")),
+    ("if a:\n    b()\n    c()", "if a:\n    b()\nc()"),
+    ("def f():\n    return 1", "def f():\n  return 1"),
+]
+
+
+@pytest.mark.parametrize(("texts", "same"), [(SAME, True), (OTHER, False)])
+def test_answers_are_the_same_but_for_what_says_nothing(texts, same):
+    wrong = [pair for pair in texts if (same_as(pair[0]) == same_as(pair[1])) != same]
+    assert not wrong
+
+
+def test_a_wrong_answer_stays_marked_and_takes_no_right_one_s_place():
+    number = prompt("math_word_problem", reference="42")
+    texts = ["it is 41", "It is **41**.", "6 * 7 = 42", "42", "so 40", "it is 42", "6 * 7 = 42."]
+    pairs = [Pair(prompt=number, response=response(t, sample=i)) for i, t in enumerate(texts)]
+
+    def sifted(split: Split, settings: Filters, **options: Any) -> tuple[dict, dict]:
+        dropped: list[filters.Dropped] = []
+        active = filters.active_filters(settings)
+        rows = filters.sift(pairs, split, active, dropped, **options)
+        marks = {pair.response.text: pair.only_signals for pair in rows}
+        assert len(marks) == len(rows) == len(pairs) - len(dropped)
+        return marks, {row.text: row.reason for row in dropped}
+
+    again, more = "same answer again", "more than answers_per_prompt"
+    right = dict.fromkeys(("6 * 7 = 42", "42", "it is 42"), False)
+    soft = sifted("train", Filters(), soft=True)
+    assert soft == (
+        right | {"it is 41": True, "so 40": True},
+        {"It is **41**.": again, "6 * 7 = 42.": again},
+    )
+    marks, reasons = sifted("train", Filters(), soft=True, most=4)
+    assert marks == right | {"it is 41": True} and reasons["so 40"] == more
+    marks, reasons = sifted("train", Filters(), most=2)
+    assert [*marks] == ["6 * 7 = 42", "42"] and reasons["it is 42"] == more
+    assert reasons["it is 41"] == reasons["so 40"] == "failed checker"
+    marks, reasons = sifted("train", Filters(max_answer_tokens=4), soft=True)
+    assert not marks and set(reasons.values()) == {"too long"}, "of other reasons each still counts"
+    assert sifted("validation", Filters(failed_checker="keep"))[0]["it is 41"] is False
+
+
+def test_the_stage_marks_in_the_train_split_alone_and_no_prompt_is_lost(tmp_path):
+    answers: dict[Split, list[str]] = {
+        "train": ["41", "42", ""],
+        "validation": ["40", "42"],
+        "heldout": ["39"],
+    }
+    run = with_answers(tmp_path, answers, "math_word_problem", "42")
+    filters.main(run)
+    plain, asked = run.path("dataset/train.jsonl").read_text(), training_prompts(run)
+    assert "only_signals" not in plain + run.path("funnel.json").read_text()
+    changes = {"filters": Filters(failed_checker="signals_only")}
+    run.config = run.config.model_copy(update=changes)
+    filters.main(run)
+    pairs = read_records(run.path("dataset/train.jsonl"), Pair)
+    assert [(p.response.text, p.only_signals) for p in pairs] == [("42", False), ("41", True)]
+    assert run.path("dataset/train.jsonl").read_text().startswith(plain)
+    assert training_prompts(run) == asked and len(asked) == 3, "a round asks each of them once"
+    dropped = read_records(run.path("dropped.jsonl"), filters.Dropped)
+    reasons = [(row.split, row.reason) for row in dropped]
+    assert reasons == [("train", "empty"), ("validation", "failed checker")]
+    funnel = Funnel.model_validate(read_json(run.path("funnel.json")))
+    assert (funnel.kept_train, funnel.only_signals, funnel.kept_heldout) == (2, 1, 1)
+    assert ("of them soft labels alone", 1, "kept") in funnel_steps(funnel)
+
+
+def with_answers(
+    folder: Path,
+    answers: dict[Split, list[str]],
+    task: str = "chat",
+    reference: str | None = None,
+) -> Run:
     """Return a run whose inputs hold the answers of each split."""
     run = make_run(folder)
     documents, prompts, responses = [], [], []
     for split, texts in answers.items():
         for place, text in enumerate(texts):
             document = Document.make(f"{split} {place}", "x", split=split)
-            asked = Prompt.make((Message(role="user", content="q"),), document.id, "chat")
+            question = (Message(role="user", content=f"{split}?" if reference else "q"),)
+            asked = Prompt.make(question, document.id, task, reference=reference)
             documents.append(document)
             prompts.append(asked)
             responses.append(response(text).model_copy(update={"prompt_id": asked.id}))

@@ -184,6 +184,35 @@ def test_datasets_loads_it_a_trainer_finds_its_columns_and_the_card_says_what_it
     assert one["license"] == "CC-BY-4.0" and one["usage"]["estimated"] and one["stop"] == "end"
 
 
+def test_wrong_answers_kept_for_soft_labels_carry_their_mark_in_every_row(tmp_path):
+    task = {"student": {"user": "{{ prompt }}"}, "metric": "right", "checker": {"kind": "number"}}
+    (tmp_path / "sum.yaml").write_text(json.dumps(task))
+    rows = [
+        {"prompt": f"{what} {n} + 1?", "answer": f"#### {n + 1 + (n % 3 == 0)}", "reference": n + 1}
+        for n in range(6)
+        for what in NUMBERS
+    ]
+    model = str(make_tiny(tmp_path / "student"))
+    changes = {
+        "prompts": {"tasks": [str(tmp_path / "sum.yaml")]},
+        "filters": {"failed_checker": "signals_only"},
+        "train": {"loss": {"forward_kl": 1}},
+        "signals": {"model": model},
+        "terms": {"basis": "ours"},
+    }
+    run = made_of(tmp_path, rows, **changes)
+    train = read_records(run.path("dataset/train.jsonl"), Pair)
+    wrong = {f"{p.prompt.id}-{p.response.sample}" for p in train if p.only_signals}
+    assert 5 < len(wrong) < len(train) / 2
+    folder = main(run, heldout=True)
+    for part in ("kept", "raw"):
+        loaded: Any = load_dataset(str(folder), part, cache_dir=str(tmp_path / "cache"))
+        assert {row["id"] for row in loaded["train"] if row["only_signals"]} == wrong
+        assert not any(row["only_signals"] for s in ("validation", "test") for row in loaded[s])
+    card = (folder / "README.md").read_text()
+    assert "| `only_signals` |" in card and f"| of them soft labels alone | {len(wrong)} |" in card
+
+
 def test_private_text_is_masked_and_a_secret_stops_it_but_a_home_in_an_answer_does_not(
     tmp_path, monkeypatch
 ):

@@ -31,6 +31,7 @@ from tests.support.training import (
     assert_same,
     encoded,
     exact_logs,
+    gradient,
     killed_at,
     make_soft_run,
     other_weights,
@@ -170,15 +171,64 @@ def test_history_and_validation_name_the_parts_and_the_teacher_is_not_saved(unbr
 
 @by_kind
 def test_eight_by_one_equals_two_by_four(tmp_path, loss):
-    """The same steps in micro-batches of several sizes, packed and padded."""
+    """The same steps in micro-batches of several sizes, packed and padded, with marked rows."""
     outcomes = []
+    mixed = [
+        pair.model_copy(update={"only_signals": n % 3 == 1}) for n, pair in enumerate(pairs(9))
+    ]
     for limit, packing in ((10_000, True), (300, True), (1, True), (300, False)):
         settings = {"micro_batch_tokens": limit, "packing": packing, "num_train_epochs": 1}
         run = make_run(tmp_path, f"run{limit}{packing}", loss, **settings, lora={"r": 4})
+        write_records(run.path("dataset/train.jsonl"), mixed)
         train.main(run)
         outcomes.append(outcome(run))
     for other in outcomes[1:]:
         assert_close(outcomes[0], other)
+
+
+@pytest.mark.parametrize("loss", [SOFT, {**SOFT, "temperature": 2.0}, LIVE])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_marked_row_has_every_part_of_the_loss_but_the_cross_entropy(tmp_path, loss, packing):
+    run = make_run(tmp_path, loss=loss, signals={"temperatures": [2.0]}, packing=packing)
+    student = make_labelled(run)
+    marked, plain = encoded(run)[:4], encoded(run)[4:]
+    labels = student.labels
+    assert labels
+
+    def measured(examples: list, parts: dict) -> list[torch.Tensor]:
+        """Return sums of loss and parts, and the gradient of each weight."""
+        student.labels = replace(labels, settings=learning.Loss(**parts))
+        student.zero_grad()
+        sums = student(student.batch(examples))
+        sums[0].backward()
+        return [
+            sums.detach(),
+            *(gradient(p).clone() for p in student.parameters() if p.requires_grad),
+        ]
+
+    both = measured([*plain, *(e._replace(only_signals=True) for e in marked)], loss)
+    full, soft = measured(plain, loss), measured(marked, {**loss, "ce": 0})
+    expected = torch.stack([full[0][0] + soft[0][0], full[0][1], full[0][2] + soft[0][1]])
+    torch.testing.assert_close(both[0], expected, rtol=1e-5, atol=1e-5)
+    for one, other, another in zip(both[1:], full[1:], soft[1:], strict=True):
+        torch.testing.assert_close(one, other + another, rtol=1e-3, atol=1e-4)
+    plain_loss = measured([*plain, *marked], loss)[0]
+    assert plain_loss[1] > 1.2 * both[0][1], "of the mark the cross-entropy is less"
+
+
+def test_wrong_answers_bring_a_student_nearer_to_its_teacher_and_are_not_learnt(tmp_path):
+    """Two right answers and seven wrong ones: dropped, kept for their soft labels, or learnt."""
+    settings = {"loss": {"ce": 1.0, "forward_kl": 3.0}, "max_steps": 12, "eval_steps": 12}
+    rows, ends = pairs(9), dict[str, dict]()
+    for name, count, mark in (("drop", 2, False), ("signals_only", 9, True), ("keep", 9, False)):
+        run = make_run(tmp_path, name, **settings)
+        changes = {"only_signals": mark}
+        some = [p.model_copy(update=changes if n > 1 else {}) for n, p in enumerate(rows[:count])]
+        write_records(run.path("dataset/train.jsonl"), some)
+        train.main(run)
+        ends[name] = training(run)["validation"][-1]
+    assert ends["signals_only"]["forward_kl"] < 0.98 * ends["drop"]["forward_kl"]
+    assert ends["signals_only"]["ce"] > 1.02 * ends["keep"]["ce"]
 
 
 @pytest.mark.parametrize("signals", [None, {"method": "sampled"}], ids=["nucleus", "sampled"])
