@@ -1,14 +1,18 @@
 """Measure the levers of a recipe by the criteria of eval/recipe.yaml, each arm a resumable run.
 
-    python scripts/benchmarks/measure_recipe.py MEASURE [--json FILE] [--seeds 1 2] [--runs FOLDER]
+    python scripts/benchmarks/measure_recipe.py MEASURE --json FILE [--seeds 1 2] [--runs FOLDER]
+    python scripts/benchmarks/measure_recipe.py pack RUN FILE.jsonl.gz
 
 An arm's student is trained by the stages of `distill run`, in a run of its own that continues where
 it was killed; what it answers is kept in the store of all runs. After each arm and seed the raw
 figures are written: which problems were right, as a string of 0 and 1 in the order of their ids.
 What FILE holds already is not measured again, and FILE has figures of one kind of CPU alone.
+`pack` writes a run's problems with the teacher's answers, as they lie in data/gsm8k.
 """
 
 import argparse
+import gzip
+import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +32,7 @@ from distill.pipeline import STAGES, perform
 from distill.records import Document, Prompt, Response, digest
 from distill.responders.responder import Sampling
 from distill.storage.environment import environment, processor
-from distill.storage.files import read_json, read_records, write_json
+from distill.storage.files import read_json, read_records, sha256_file, write_json
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
 from distill.tasks.checkers import CheckResult, check
@@ -177,6 +181,25 @@ def outcome(
     return found
 
 
+def pack(run: Run, path: Path) -> None:
+    """Write a row for each problem that the teacher answered, the same bytes from the same run."""
+    prompts = {prompt.id: prompt for prompt in read_records(run.path("prompts.jsonl"), Prompt)}
+    questions = {d.id: d.text for d in read_records(run.path("documents.jsonl"), Document)}
+    rows = [
+        {
+            "question": questions[prompts[response.prompt_id].document_id],
+            "reference": prompts[response.prompt_id].reference,
+            # one that was cut off is no answer, and is kept beside
+            "answer" if response.stop == "end" else "cut_off": response.text,
+            "tokens": response.usage.output_tokens,
+        }
+        for response in read_records(run.path("responses.jsonl"), Response)
+    ]
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
+    say(f"{path}: {len(rows)} answers, sha256 {sha256_file(path)}")
+
+
 def show(measure: Mapping[str, Any], file: Mapping[str, Any]) -> None:
     """Print the share right of each arm, and the differences."""
     table = Table("arm", "seeds", "right, %", title=measure["title"])
@@ -196,6 +219,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    if sys.argv[1:2] == ["pack"]:
+        return pack(open_run(Path(sys.argv[2])), Path(sys.argv[3]))
     criteria = yaml.safe_load(CRITERIA.read_text())
     parser.add_argument("measure", choices=criteria["measures"])
     parser.add_argument("--json", type=Path, required=True)

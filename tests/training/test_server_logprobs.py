@@ -357,6 +357,7 @@ def test_the_plan_says_what_a_server_must_list_and_what_reading_costs(tmp_path):
     prices.write_text(json.dumps({"tokens": [row]}))
     far = f"{{kind: endpoint, model: {SERVED}, base_url: 'http://127.0.0.1:9/v1'}}"
     words = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}", f"evaluation.prices={prices}"]
+    words += ["corpus.split={validation: 16, heldout: 32}"]
     words += [f"signals.endpoint={far}", "train.loss={ce: 0.5, forward_kl: 0.5}"]
     told = shown(load_config(ROOT / "configs/gsm8k.yaml", words))
     assert re.search(r"read once by a server, 64 ids a token, \$\d", told)
