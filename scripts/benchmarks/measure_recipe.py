@@ -14,7 +14,6 @@ import argparse
 import gzip
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import batched
 from pathlib import Path
@@ -28,6 +27,7 @@ from distill.corpus.prompts import ask
 from distill.errors import DistillError, Exit, exit_code
 from distill.evaluation.statistics import Estimate, across_seeds, estimate_mean
 from distill.evaluation.suites import answer_limit
+from distill.evaluation.tries import vote
 from distill.pipeline import STAGES, perform
 from distill.records import Document, Prompt, Response, digest
 from distill.responders.responder import Sampling
@@ -104,21 +104,16 @@ def results(
     ]
 
 
-def voted(tried: Sequence[CheckResult]) -> CheckResult:
-    """Return the first of the answers that most tries give; those without an answer do not vote."""
-    votes = Counter(one.answer for one in tried if one.answer is not None)
-    most = votes.most_common(1)
-    return next((one for one in tried if most and one.answer == most[0][0]), tried[0])
-
-
 def measured(run: Run, arm: Arm, prompts: Sequence[Prompt], trained: bool = True) -> dict[str, Any]:
     """Let an arm's student answer the problems and return the raw figures."""
     sampling = Sampling(temperature=arm.temperature, max_new_tokens=answer_limit(run.config))
     adapter = run.trained("adapter") if trained else None
     title = f"{run.folder.name}, {len(prompts)} problems"
     responses = student_answers(run, prompts, adapter, sampling, title, arm.tries)
-    checked = results(run, prompts, responses)
-    chosen = [voted(tried) for tried in batched(checked, arm.tries)]
+    checked, task = results(run, prompts, responses), tasks_of_run(run.folder)(prompts[0].task)
+    assert task is not None and task.checker is not None
+    tried = zip(prompts, batched(checked, arm.tries), batched(responses, arm.tries), strict=True)
+    chosen = [of[vote(task.checker, prompt, answers)] for prompt, of, answers in tried]
     found: dict[str, Any] = {
         "right": "".join(str(int(bool(one.passed))) for one in chosen),
         "answer_tokens": sum(response.usage.output_tokens for response in responses),
