@@ -1,7 +1,7 @@
 """How a responder is asked: through the store that runs share, so that nothing is paid twice."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Self
@@ -129,15 +129,19 @@ class Ask(ExitStack):
                 for raw in raws:
                     self.count += 1
                     yield raw
-        elif not isinstance(responder, Planner):
-            yield from store.keep(([raw] for raw in responder.ask(missing)), self._spend)
-        else:
+            return
+        groups: Iterator[Sequence[Raw]]
+        if isinstance(responder, Planner):
             plans = store.planned(responder, missing)
             groups = (group for plan in plans for group in responder.ask_plan(plan))
-            yield from store.keep(groups, self._spend)
-
-    def _spend(self, input_tokens: int, output_tokens: int) -> None:
-        """Enter an answer made here before it is stored: so a kill hides no spending."""
-        self.count += 1
-        if self.payer:
-            self.payer.ledger.spend(input_tokens=input_tokens, output_tokens=output_tokens)
+        else:
+            groups = ([raw] for raw in responder.ask(missing))
+        # those that come together are stored with one fsync, for which a GPU waits
+        for group in groups:  # a plan that is rerun gives again what was stored before the kill
+            fresh = [raw for raw in group if ("response", raw.id) not in store]
+            for raw in fresh:  # first, so that a kill while they are being stored hides no spending
+                self.count += 1
+                if self.payer:
+                    self.payer.ledger.spend(raw.usage.input_tokens, raw.usage.output_tokens)
+            store.append(("response", raw.id, raw.model_dump(mode="json")) for raw in fresh)
+            yield from fresh

@@ -1,6 +1,6 @@
 """The store of answers that all runs share: what was planned, what was asked, and what came."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from itertools import count
@@ -12,8 +12,6 @@ from distill.responders.endpoint.wire import Reply
 from distill.responders.responder import Plan, Planner, Raw, Request, Scoring
 from distill.storage.log import Log
 from distill.storage.progress import say
-
-Spend = Callable[[int, int], None]  # is given the input and output tokens of an answer
 
 
 class Bill(NamedTuple):
@@ -152,16 +150,6 @@ class ResponseStore(Log):
         fresh = planner.plan([request for request in missing if request.id not in ids])
         self.append(("plan", plan.id, plan.model_dump(mode="json")) for plan in fresh)
         return begun + fresh
-
-    def keep(self, groups: Iterable[Sequence[Raw]], spend: Spend) -> Iterator[Raw]:
-        """Store the answers that are not there yet, and yield each."""
-        # those that come together are stored with one fsync, for which a GPU waits
-        for group in groups:  # a plan that is rerun gives again what was stored before the kill
-            fresh = [raw for raw in group if ("response", raw.id) not in self]
-            for raw in fresh:  # first, so that a kill while they are being stored hides no spending
-                spend(raw.usage.input_tokens, raw.usage.output_tokens)
-            self.append(("response", raw.id, raw.model_dump(mode="json")) for raw in fresh)
-            yield from fresh
 
 
 def holds_answer(reply: Reply) -> bool:

@@ -83,7 +83,7 @@ def test_without_a_price_or_a_cap_what_a_server_states_counts():
 
 def test_a_budget_never_holds_more_than_its_limit():
     chance = random.Random(1)
-    budget, flying = Budget(Decimal("1.00")), list[Decimal]()
+    budget, flying, spent = Budget(Decimal("1.00")), list[Decimal](), Decimal(0)
     for _ in range(2000):
         most = Decimal(chance.randrange(1, 9)) / 100
         if chance.random() < 0.6 and budget.reserve(most):
@@ -94,7 +94,8 @@ def test_a_budget_never_holds_more_than_its_limit():
                 budget.settle(most, most * Decimal(chance.randrange(0, 11)) / 10)
             else:
                 budget.settle(most, Decimal(0), most)
-        assert (spent := budget.settled + budget.unknown + budget.reserved) <= 1
+        spent = budget.settled + budget.unknown + budget.reserved
+        assert spent <= 1
         assert budget.reserved == sum(flying) and not budget.exceeded()
     assert spent > Decimal("0.9")
 
