@@ -330,10 +330,10 @@ def publish(
 @app.command(rich_help_panel=KEEP)
 def fetch(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Download and verify the models of a config, so that it can run offline."""
-    from distill.models.registry import fetch as fetch_model
+    from distill.models import registry
 
-    for model in open_run(config, overrides or ()).config.models():
-        fetch_model(*model)
+    for model in registry.models_of(open_run(config, overrides or ()).config):
+        registry.fetch(*model)
 
 
 @app.command(rich_help_panel=KEEP)

@@ -75,7 +75,7 @@ def test_an_error_in_a_value_under_an_old_name_has_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", [OLD, NEW], ids=["old", "new"])
-@pytest.mark.parametrize("name", ["slots", "concurrency"])
+@pytest.mark.parametrize("name", ["slots", "max_batch_size", "concurrency"])
 def test_an_override_wins_under_either_name(tmp_path, capsys, text, name):
     path = write(tmp_path / "c.yaml", text)
     config = load_config(path, [f"teacher.{name}=8", f"evaluation={{{name}: 9}}"])

@@ -19,7 +19,7 @@ from distill.responders.responder import Request, Sampling, Scoring, origin_of
 from distill.storage.run_folder import flatten, open_run
 
 OLD_KEYS: dict[str, Any] = {  # of every kind, as finished runs hold them
-    **{"revision": None, "dtype": "auto", "slots": None, "license": None},
+    **{"revision": None, "dtype": "auto", "max_batch_size": None, "slots": None, "license": None},
     **{"dollars": None, "answers": None, "base_url": None, "allow_insecure": False, "api": "chat"},
     **{"api_key_env": None, "max_tokens_field": "max_tokens", "omit": [], "extra_body": {}},
     **{"strict_model": False, "budget_dollars": None, "concurrency": 16, "total_timeout": 600.0},

@@ -16,7 +16,7 @@ from distill.config.teachers import TEACHERS
 
 # The last part of a key; it is an old name only where the section has the new one and not the old.
 RENAMED = {
-    "slots": "concurrency",
+    **dict.fromkeys(("slots", "max_batch_size"), "concurrency"),
     "licence": "license",
     "licences": "licenses",
     "first_wait": "initial_backoff",
@@ -109,11 +109,13 @@ def forget_other_kinds(tree: dict[str, Any]) -> None:
             continue
         kind = responder.get("kind", "local")
         # how many at once stood there under two names, of which one did nothing
-        if kind == "local" and "slots" in responder and responder.get("concurrency") == 16:
-            responder["concurrency"] = responder.pop("slots")
-        for name in {"slots", "concurrency"} & responder.keys() if kind != "local" else ():
-            if responder[name] is None:
-                del responder[name]
+        for old in {"slots", "max_batch_size"} & responder.keys():
+            if kind == "local" and responder.get("concurrency") in (None, 16):
+                responder["concurrency"] = responder.pop(old)
+            elif kind != "local" and responder[old] is None:
+                del responder[old]
+        if kind != "local" and responder.get("concurrency", 0) is None:
+            del responder["concurrency"]
         fields = next(
             (k.model_fields for k in TEACHERS if k.model_fields["kind"].default == kind), {}
         )

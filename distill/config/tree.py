@@ -23,7 +23,6 @@ from distill.config.teachers import (
     Teacher,
 )
 from distill.config.values import (
-    SAFE,
     Count,
     Date,
     Encoding,
@@ -35,7 +34,6 @@ from distill.config.values import (
     Positive,
     ReleaseName,
     Section,
-    Trust,
 )
 from distill.secret_patterns import NAMES
 
@@ -384,16 +382,6 @@ class Config(Section):
         if signals.tokenizer:
             return signals.tokenizer, signals.revision
         return student.model, student.revision
-
-    def models(self) -> list[tuple[str, str | None, Trust]]:
-        """Return what is loaded here as models or tokenizers: reference, revision and trust."""
-        teacher, student = self.teacher, self.student
-        models = [(student.model, student.revision, student.trust)]
-        if teacher.runs_here:
-            models.append((teacher.model, teacher.revision, SAFE))
-        if self.distributions and self.reader()[0] != student.model:
-            models.append((*self.reader(), SAFE))
-        return models
 
     def store_folder(self) -> Path:
         """Return the folder of the store that all runs share."""

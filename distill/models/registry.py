@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from distill.config.tree import Config
 from distill.config.values import SAFE, Trust, checked_model
 from distill.config.yaml_file import find_config, read_table
 from distill.errors import DistillError, Exit, one_line
@@ -190,6 +191,17 @@ def fetch(
         names = ", ".join(name for name in table() if "/" not in name)
         fix = f"check id and network, or use one of {names}"
         raise DistillError(Exit.INPUT, where, what, fix) from None
+
+
+def models_of(config: Config) -> list[tuple[str, str | None, Trust]]:
+    """Return what a run loads here as models or tokenizers: reference, revision and trust."""
+    teacher, student = config.teacher, config.student
+    models = [(student.model, student.revision, student.trust)]
+    if teacher.runs_here:
+        models.append((teacher.model, teacher.revision, SAFE))
+    if config.distributions and config.reader()[0] != student.model:
+        models.append((*config.reader(), SAFE))
+    return models
 
 
 def revision_of(reference: str, revision: str | None) -> str | None:

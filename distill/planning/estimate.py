@@ -281,7 +281,7 @@ class RunEstimate:
         from huggingface_hub import try_to_load_from_cache  # a third of a second to import
 
         config, teacher, fetched = self.config, self.config.teacher, 0.0
-        for reference in {reference for reference, _, _ in config.models()}:
+        for reference in {reference for reference, _, _ in registry.models_of(config)}:
             info, there = registry.lookup(reference), registry.is_folder(reference)
             if info and info.gguf:
                 there = download.converted_folder(info.name, info.gguf).is_dir()
