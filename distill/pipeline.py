@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from distill.callables import source_hash
-from distill.config.learning import Signals
+from distill.config.learning import Signals, Train
 from distill.config.teachers import TEACHERS, EndpointTeacher, Teacher
 from distill.config.tree import Config, Evaluation
 from distill.config.yaml_file import load_config, place_of, with_values
@@ -18,7 +18,7 @@ from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage, require_made
 
-CHECKING = ("select", "filter", "evaluate")  # the stages that check answers
+CHECKING = ("select", "filter", "refine", "evaluate")  # the stages that check answers
 LEARNING = ("generate", "filter", "signals", "train")  # those that a tranche goes through too
 
 
@@ -98,6 +98,7 @@ SIGNAL_KEYS = (
     *(*READER_KEYS, "student.model", "student.revision", "student.chat_template_kwargs"),
     *("train.max_length", "template_date"),
 )
+TRAIN_KEYS = tuple(f"train.{key}" for key in Train.model_fields if key != "self_answers")
 MORE_MEMORY = "lower train.micro_batch_tokens, or set train.gradient_checkpointing: true"
 
 STAGES: tuple[Stage, ...] = (
@@ -172,7 +173,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train",
-        ("student", "train", "seed", "template_date"),
+        ("student", *TRAIN_KEYS, "seed", "template_date"),
         (*DATASET[:2], "signals.json"),
         ("checkpoints", "adapter", "training.json", "merged"),
         _lazy("distill.training.train.main"),
@@ -188,9 +189,9 @@ STAGES: tuple[Stage, ...] = (
         ("refined",),
         _lazy("distill.training.soft_labels.on_policy.main"),
         capture_identity,
-        purpose="let the student answer, and train it towards the teacher's distributions there",
+        purpose="let the student answer, and train it on what is right, or as the teacher reads it",
         smaller=MORE_MEMORY,
-        applies=lambda config: config.on_policy.rounds > 0,
+        applies=lambda config: config.refines,
     ),
     Stage(
         "evaluate",

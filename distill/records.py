@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Role = Literal["system", "user", "assistant"]
 Stop = Literal["end", "length", "filtered", "error"]
 Split = Literal["train", "validation", "heldout"]
+Origin = Literal["teacher", "student"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "heldout")
 # Of a GPU; a CPU has none, and what has none is written as it was before there were any
 DeviceName = Annotated[str, Field(exclude_if=lambda name: not name)]
@@ -160,12 +161,13 @@ class Response(Record):
 
 
 class Pair(Record):
-    """A row of the dataset: a prompt and its answer, after the filters."""
+    """A row of the dataset: a prompt and its answer, after the filters, and who gave it."""
 
     prompt: Prompt
     response: Response
     # A wrong answer, which gives soft labels and whose tokens are not learnt
     only_signals: Annotated[bool, Field(exclude_if=lambda only: not only)] = False
+    origin: Annotated[Origin, Field(exclude_if=lambda origin: origin == "teacher")] = "teacher"
 
 
 class Item(Record):

@@ -42,7 +42,7 @@ REPORTED = ("scorecard.json", "scorecard.md", "report.html")
 WORDED = REPORTED[1:]  # from scorecard.json and samples, in words that may change
 # what is made again depends on none of these
 NOT_READ = ("adapter/", "checkpoints/", "merged/", "release/", "tranches/")
-NOT_READ += ("refined/round-", "refined/adapter/", "refined/merged/")
+NOT_READ += ("refined/self-", "refined/round-", "refined/adapter/", "refined/merged/")
 WEIGHTS = "adapter/adapter_model.safetensors"
 TITLES = {
     "run": "manifest and config",

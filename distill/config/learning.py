@@ -1,4 +1,4 @@
-"""What training reads of a config: student, losses, loop, soft labels, on-policy rounds."""
+"""What training reads of a config: student, losses, loop, own answers, soft labels, on-policy."""
 
 from typing import Annotated, Any, Literal, get_args
 
@@ -139,6 +139,23 @@ class Loss(Section):
         return self
 
 
+class SelfAnswers(Section):
+    """What the student adds to the rows that it is trained on again, from the base."""
+
+    n: Annotated[int, Field(ge=1, le=256)] = 8
+    """Answers of the student to a training prompt; more of them solve more prompts."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 0.7
+    """Sampling temperature of the student."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling of the student."""
+    max_new_tokens: Positive | None = None
+    """Tokens of an answer of the student, at most; null takes `teacher.max_new_tokens`."""
+    keep: Positive = 4
+    """Right answers of the student to a prompt that are trained on, at most; all differ."""
+    rounds: Annotated[int, Field(ge=1, le=9)] = 1
+    """Rounds; in the next one the student answers that the last one trained."""
+
+
 class Train(Section):
     """The training loop."""
 
@@ -173,6 +190,10 @@ class Train(Section):
     """Gradients are clipped to this norm."""
     lora: Lora = Lora()
     loss: Loss = Loss()
+    self_answers: SelfAnswers | None = None
+    """Lets the trained student answer its training prompts: what the tasks' checkers find right
+    joins the teacher's answers, and training starts again from the base. Asks no teacher; `{}`
+    takes the defaults, null does without."""
     bf16: bool | Literal["auto"] = "auto"
     """Whether the forward pass computes in bfloat16; `auto` goes by `student.dtype`. Adapter and
     optimizer are float32, which a GPU computes without TF32."""

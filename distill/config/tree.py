@@ -313,6 +313,11 @@ class Config(Section):
         return bool(self.train.loss.soft) or self.on_policy.rounds > 0
 
     @property
+    def refines(self) -> bool:
+        """Tell whether the student goes on after its training: by its own answers, or on policy."""
+        return self.train.self_answers is not None or self.on_policy.rounds > 0
+
+    @property
     def auto_engines(self) -> list[str]:
         """Return the keys of the engines that are still to be chosen."""
         evaluation = self.evaluation
@@ -339,11 +344,13 @@ class Config(Section):
         biased = any(name != "forward_kl" for name in divergences) or loss.temperature != 1
         bodies = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
         listed, local = teacher.logprobs == "listed", "name a local model in signals.model"
+        own = rounds or self.train.self_answers is not None  # answers that no server gave
         why = ""
         if divergences and sampled and biased:
             why = "signals.method sampled is right for ce and forward_kl at temperature 1 only"
-        elif teacher.logprobs is None or (listed and (rounds or not self.captures)):
-            what = "on_policy has rounds" if rounds else "train.loss has soft parts"
+        elif teacher.logprobs is None or (listed and (own or not self.captures)):
+            what = "train.self_answers adds answers" if own else "train.loss has soft parts"
+            what = "on_policy has rounds" if rounds else what
             why = f"{what}, which a local teacher must read: {local}"
         elif listed and (sampled or signals.temperatures or loss.temperature != 1):
             why = f"an endpoint tells top tokens at temperature 1 only; for more, {local}"

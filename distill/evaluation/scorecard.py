@@ -211,6 +211,17 @@ class OnPolicyRound(CardRecord):
     seconds: float = 0.0
 
 
+class SelfAnswersRound(OnPolicyRound):
+    """One training from the base on the student's own right answers too; no steps: nothing new."""
+
+    prompts: int = 0
+    right: int = 0
+    distinct: int = 0
+    solved: int = 0
+    teacher_rows: int = 0
+    student_rows: int = 0
+
+
 class TrainingSummary(CardRecord):
     """What training took, and which step's adapter is evaluated."""
 
@@ -227,6 +238,7 @@ class TrainingSummary(CardRecord):
     validation_loss_best: float | None = None
     loss: dict[str, Any] = {}  # the mix of losses
     labels: str | None = None
+    self_answers: tuple[SelfAnswersRound, ...] = ()
     on_policy: tuple[OnPolicyRound, ...] = ()
 
 

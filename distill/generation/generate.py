@@ -21,7 +21,7 @@ from distill.responders.token_counts import recounted
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.tasks.task import load_task
+from distill.tasks.task import checkable, load_task, tasks_of_run
 
 MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a kind
 
@@ -37,6 +37,8 @@ def main(run: Run) -> None:
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     prompts = asked(run)
     require_turns(config, prompts)
+    if config.train.self_answers:
+        checkable(prompts, tasks_of_run(run.folder), "train.self_answers")
     sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
     teacher = make_responder(settings, config, sources)
     store, again = config.store_folder() / "responses", "generate" in run.remade

@@ -87,6 +87,8 @@ class RunEstimate:
         self.prompt, self.answer = work.student.tokens, cost.answer_tokens if cost else expected
         self.trained = RETAINED * config.teacher.n * work.prompts["train"]
         self.validated = RETAINED * work.prompts["validation"]
+        own = config.train.self_answers
+        self.own_tokens = (own.max_new_tokens or config.teacher.max_new_tokens) if own else 0
         reader = config.soft_teacher() if config.distributions else None
         self.reader = reader if isinstance(reader, LocalTeacher) else None
         # operations of reading an answer, by a teacher here for its distributions and by the
@@ -109,7 +111,7 @@ class RunEstimate:
             "filter": (f"keeps about {RETAINED:.0%}", None, 1),
             "signals": self.signals() if config.captures else None,
             "train": self.train(),
-            "refine": self.refine() if config.on_policy.rounds else None,
+            "refine": self.refine() if config.refines else None,
             "evaluate": self.evaluate(),
             "report": ("scorecard and report", None, 1),
         }
@@ -167,11 +169,11 @@ class RunEstimate:
         text = f"{count(texts)} answers, read once by a server, {signals.k} ids a token, {paid}"
         return text, tokens, None
 
-    def train(self) -> Effort:
-        """Count the steps, and validation: as often as the settings say and at the end."""
+    def train(self, rows: float | None = None) -> Effort:
+        """Count the steps over `rows`, else the teacher's, and validation, as the settings say."""
         settings, tokens = self.config.train, self.prompt + self.answer
         live = self.taught if settings.loss.soft and not self.config.captures else 0.0
-        samples = self.trained * settings.num_train_epochs
+        samples = (rows or self.trained) * settings.num_train_epochs
         if settings.max_steps:
             samples = settings.max_steps * settings.tokens_per_step / tokens
         steps = max(1, samples * tokens / settings.tokens_per_step)
@@ -181,15 +183,26 @@ class RunEstimate:
         return f"{count(steps)} steps", samples * tokens, seconds
 
     def refine(self) -> Effort:
-        """Count the student's answers, which the teacher reads and the student learns from."""
-        settings, dtype = self.config.on_policy, self.config.student.dtype
-        requests = settings.rounds * min(settings.prompts, self.work.prompts["train"])
-        length = ANSWER * settings.max_new_tokens
-        answers = requests * arithmetic.answer_flops(self.student, self.prompt, length)
-        seconds = self.machine.seconds(answers, dtype, "evaluate")
-        seconds += self.machine.seconds(requests * (self.step + self.taught), dtype, "train")
-        text = f"{settings.rounds} rounds, {count(requests)} answers of the student"
-        return text, requests * (self.prompt + length), seconds + 3 * settings.rounds * START
+        """Count the student's answers: own ones, of which up to `keep` train it again, and those on
+        policy, which the teacher reads and the student learns from."""
+        prompts, dtype = self.work.prompts["train"], self.config.student.dtype
+        settings, own, texts = self.config.on_policy, self.config.train.self_answers, list[str]()
+        requests, tries, read = settings.rounds * min(settings.prompts, prompts), 0.0, 0.0
+        tokens, seconds = 0.0, 3 * settings.rounds * START
+        if own:
+            tries, rows = own.rounds * own.n * prompts, own.keep * prompts
+            steps, trained, took = self.train(self.trained + rows)
+            tokens, read = own.rounds * (trained or 0), rows * self.taught * self.config.captures
+            seconds += own.rounds * ((took or math.nan) + START)
+            texts.append(f"{count(tries)} own answers, then up to {steps} from the base")
+        if requests:
+            texts.append(f"{settings.rounds} rounds, {count(requests)} answers of the student")
+        for many, most in ((tries, self.own_tokens), (requests, settings.max_new_tokens)):
+            flops = many * arithmetic.answer_flops(self.student, self.prompt, ANSWER * most)
+            seconds += self.machine.seconds(flops, dtype, "evaluate")
+            tokens += many * (self.prompt + ANSWER * most)
+        seconds += self.machine.seconds(requests * (self.step + self.taught) + read, dtype, "train")
+        return "; ".join(texts), tokens, seconds
 
     def evaluate(self) -> Effort:
         """Base and student answer prompts and suites, read the teacher's answers, are timed.
@@ -252,8 +265,9 @@ class RunEstimate:
         tokens = min(settings.micro_batch_tokens or most, settings.tokens_per_step)
         peaks["train"] = training.parts(tokens)
         peaks["merge"] = arithmetic.merging_bytes(student, self.stored_width(), self.adapter)
-        if config.on_policy.rounds:
-            answers = answering(student, width, self.prompt + config.on_policy.max_new_tokens, None)
+        if config.refines:
+            tokens = self.prompt + max(config.on_policy.max_new_tokens, self.own_tokens)
+            answers = answering(student, width, tokens, None)
             peaks["refine"] = highest(answers, peaks.get("signals", {}), peaks["train"])
         tokens = self.prompt + answer_limit(config)
         answers = answering(student, width, tokens, config.evaluation.concurrency)

@@ -13,17 +13,21 @@ from pathlib import Path
 
 from distill.config.teachers import EndpointTeacher, LocalTeacher, Teacher
 from distill.config.values import SAFE
+from distill.corpus.prompts import PLAIN, QUESTION
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.devices import pick_dtype, unused_gpu
 from distill.pipeline import CHECKING, LEARNING, NAMES, STAGES
 from distill.publishing.obligations import agreement_of, license_of, obligations
+from distill.records import Prompt
 from distill.responders.endpoint.network import trusted
 from distill.responders.kinds import identity, make_responder
 from distill.responders.prices import load_prices
 from distill.responders.terms import require_terms
+from distill.storage.files import read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
+from distill.tasks.task import checkable, load_task
 from distill.training.trial import Trial, try_model
 
 COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in money or in time
@@ -114,6 +118,8 @@ class Look:
                 self.attempt(make_responder, teacher, self.config)
                 self.attempt(trusted)
                 self.attempt(require_files, key, teacher.concurrency)
+        if self.config.train.self_answers and "refine" in self.ahead:
+            self.attempt(self.at_checkers)
         self.at_models()
         self.at_devices()
         if "evaluate" in self.ahead:
@@ -146,6 +152,15 @@ class Look:
                 what = "is checked by running the programs that models wrote"
                 fix = "allow that with --allow-code, which runs them in a sandbox"
                 raise DistillError(Exit.CONFIG, f"task {task.name}", what, fix)
+
+    def at_checkers(self) -> None:
+        """Look whether own answers can be judged: `generate` sees references of new prompts."""
+        settings, path = self.config.prompts, self.run.path("prompts.jsonl")
+        names = [*settings.tasks, *([QUESTION] if settings.questions else [])] or [PLAIN]
+        tasks = {task.name: task for task in map(load_task, names)}
+        made = read_records(path, Prompt) if path.exists() and "prompts" not in self.ahead else []
+        asked = [Prompt.make((), "", name, reference="" if made else "any") for name in tasks]
+        checkable([*made, *asked], tasks.get, "train.self_answers")
 
     def at_terms(self) -> None:
         """Look whether the answers may train a student, and what its release then owes."""

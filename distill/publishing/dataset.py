@@ -8,6 +8,7 @@ holds the answers that the filters kept, `raw` all of them with the reason why o
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -30,7 +31,7 @@ from distill.publishing.card import (
 )
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
-from distill.records import Document, Message, Pair, Prompt, Record, Response, Stop
+from distill.records import Document, Message, Origin, Pair, Prompt, Record, Response, Stop
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records, replacing, write_records
 from distill.storage.progress import say
@@ -61,6 +62,7 @@ class Answer(Record):
     dropped: str  # by a filter, why
     # Wrong, and kept for soft labels: a column of all rows, where the filters keep such answers
     only_signals: Annotated[bool | None, Field(exclude_if=lambda only: only is None)] = None
+    origin: Annotated[Origin | None, Field(exclude_if=lambda origin: origin is None)] = None
 
 
 class SoftLabel(Record):
@@ -104,7 +106,7 @@ def main(
     kept = [one for one in raw if not one.row.dropped]
     parts: dict[str, list[tuple[str, Record]]] = {
         "kept": [(one.split, one.row) for one in kept],
-        "raw": [(one.split, one.row) for one in raw],
+        "raw": [(one.split, one.row) for one in raw if one.row.origin != "student"],
     }
     if soft_labels:
         parts["soft_labels"] = [*labels(run, kept)]
@@ -123,7 +125,7 @@ def main(
 
 
 def answers(run: Run, heldout: bool) -> Iterator[Placed]:
-    """Yield each answer that came, masked.
+    """Yield each answer that came, and those of the student's own that it learnt from, masked.
 
     Raises DistillError: exit 5 where a file of the run is missing, 10 where a document has no
     license, or one that reserves all rights.
@@ -142,7 +144,11 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
     marks = {(pair.prompt.id, pair.response.id) for pair in train if pair.only_signals}
     rejected = read_records(run.path("dropped.jsonl"), Dropped)
     reasons = {(row.prompt_id, row.response_id): row.reason for row in rejected}
-    for response in read_records(run.path("responses.jsonl"), Response):
+    own = sorted(run.folder.glob("refined/self-*/dataset/train.jsonl"))[-1:]  # it holds all
+    pairs = read_records(own[0], Pair) if own and config.train.self_answers else []
+    mine = [pair.response for pair in pairs if pair.origin == "student"]
+    responses = read_records(run.path("responses.jsonl"), Response)
+    for origin, response in chain(product(["teacher"], responses), product(["student"], mine)):
         prompt = prompts[response.prompt_id]
         document, masked = documents[prompt.document_id], Counter[str]()
         if response.stop == "error" or (document.split == "heldout" and not heldout):
@@ -166,7 +172,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
         )
         completion = (Message(role="assistant", content=clean(response.text)),)
         row = Answer(
-            id=f"{prompt.id}-{response.sample}",
+            id=f"{prompt.id}-{response.id if origin == 'student' else response.sample}",
             messages=turns + completion,
             prompt=turns,
             completion=completion,
@@ -181,6 +187,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
             usage=response.usage.model_dump(exclude={"device"}),
             dropped=reasons.get((prompt.id, response.id), ""),
             only_signals=(prompt.id, response.id) in marks if marking else None,
+            origin=origin if mine else None,
         )
         yield Placed(SPLIT_NAMES[document.split or "train"], row, masked)
 
@@ -251,6 +258,7 @@ def make_card(
         reader=teacher_name(config.soft_teacher()),
         licenses=licenses,
         counts=counts,
+        own=Counter(one.row.origin for one in raw)["student"],
         tasks=sorted(Counter(one.row.task for one in raw).items()),
         filters=[name for name, value in config.filters if value and value != "keep"],
         funnel=Funnel.model_validate(read_json(run.path("funnel.json"))),

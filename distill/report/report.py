@@ -28,10 +28,10 @@ def main(run: Run) -> None:
     """Write the scorecard and the report; raises DistillError (exit 5) for a damaged input."""
     config, harness = run.config, run.path(lm_eval.FILE)
     training = read_json(run.path("training.json"))
-    if config.on_policy.rounds:  # the student was refined after training
+    if config.refines:
         refined = read_json(run.trained("training.json"))
-        sha256, rounds = refined["adapter_sha256"], refined["rounds"]
-        training = {**training, "adapter_sha256": sha256, "on_policy": rounds}
+        refined |= {"on_policy": rounds} if (rounds := refined.pop("rounds")) else {}
+        training |= refined
     evaluation = EvaluationResult.model_validate(read_json(run.path("evaluation.json")))
     samples, worst = evaluation.samples, failures(evaluation.samples)
     if config.corpus.private_text == "keep":

@@ -73,8 +73,8 @@ class Run:
         return self.folder / name
 
     def trained(self, name: str) -> Path:
-        """Return the path of a file of the last training: of on-policy rounds, if there are any."""
-        return self.path(f"refined/{name}" if self.config.on_policy.rounds else name)
+        """Return the path of a file of the last training: of stage `refine`, if there is one."""
+        return self.path(f"refined/{name}" if self.config.refines else name)
 
     def lock(self) -> AbstractContextManager[None]:
         """Return the lock that writing in the folder needs."""

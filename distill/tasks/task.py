@@ -4,7 +4,7 @@ A task has a student's view (what is trained and served), where it differs a tea
 see a passage that the student does not), and perhaps a checker. Templates are jinja2 in a sandbox.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,9 @@ from pydantic import ValidationError, field_validator, model_validator
 from distill.config.values import Section
 from distill.config.yaml_file import find_config, read_yaml
 from distill.errors import DistillError, Exit
+from distill.records import Prompt
 from distill.storage.files import read_json
-from distill.tasks.checkers import validate
+from distill.tasks.checkers import needs_reference, validate
 
 NamedSection = TypeVar("NamedSection", bound=Section)
 TASKS_FILE = "tasks.json"  # in a run's folder: the tasks as they were asked, by name
@@ -121,6 +122,26 @@ def tasks_of_run(folder: Path) -> FindTask:
     rows = read_json(path).items() if path.is_file() else ()
     tasks = {name: as_section({"name": name, **row}, path, Task, "task") for name, row in rows}
     return lambda name: tasks.get(name) or shipped(name)
+
+
+def checkable(prompts: Sequence[Prompt], find: FindTask, key: str) -> list[Prompt]:
+    """Return the prompts whose answers the checker of their task can judge.
+
+    Raises DistillError (exit 2), for the config's `key` that needs it, where a task has none.
+    """
+    names = {prompt.task for prompt in prompts}
+    checkers = {name: task.checker for name in names if (task := find(name)) and task.checker}
+    alone = {name for name, checker in checkers.items() if not needs_reference(checker["kind"])}
+    judged = [
+        prompt
+        for prompt in prompts
+        if prompt.task in alone or (prompt.task in checkers and (prompt.reference or "").strip())
+    ]
+    for name in sorted(names - {prompt.task for prompt in judged}):
+        lack = "no prompt with the reference that its checker needs"
+        what = f"task {name} has {lack if name in checkers else 'no checker'}"
+        raise DistillError(Exit.CONFIG, key, what, f"add it, or leave {key} out")
+    return judged
 
 
 def fill(template: str, task: str, values: Mapping[str, object]) -> str:

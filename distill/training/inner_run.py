@@ -13,16 +13,30 @@ from distill.records import Pair, Prompt, Response
 from distill.responders.ask import Ask
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
-from distill.storage.files import read_records
+from distill.storage.files import read_records, write_records
 from distill.storage.run_folder import Run
+
+# What training.json says of a round
+SUMMARY = ("steps", "best_step", "adapter_step", "tokens", "seconds", "history", "validation")
+SUMMARY += ("adapter_sha256",)
 
 
 class InnerRun(Run):
     """The run in `folder` below `outer`, with some other sections; what it spends enters there."""
 
     def __init__(self, outer: Run, folder: str, **sections: object) -> None:
-        super().__init__(outer.config.model_copy(update=sections), outer.path(folder))
+        config = outer.config.model_copy(update=sections)
+        alone = {"num_processes": None, "report_to": "none"}
+        train = config.train.model_copy(update=alone)
+        super().__init__(config.model_copy(update={"train": train}), outer.path(folder))
         self.outer, self.ledger, self.remade = outer, outer.ledger, outer.remade
+
+    def write_dataset(self, pairs: Sequence[Pair]) -> None:
+        """Write the pairs to train on, and beside them the outer run's validation."""
+        write_records(self.path("dataset/train.jsonl"), pairs)
+        validation = self.outer.path("dataset/validation.jsonl")
+        if validation.exists():
+            write_records(self.path("dataset/validation.jsonl"), read_records(validation, Pair))
 
 
 def training_prompts(run: Run) -> list[Prompt]:

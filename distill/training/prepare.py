@@ -34,6 +34,7 @@ SAME = {  # what processes that share a step must have in common, with what make
     "packing": "train.packing=false",
 }
 UNPINNED = ("logging_steps", "save_steps", "save_total_limit", "report_to", "num_processes")
+UNPINNED += ("self_answers",)  # which what follows reads
 IDLE = 0.1  # of the passes of several processes may hold no sample, without a word about it
 
 

@@ -86,7 +86,7 @@ def main(run: Run, allow_inexact: bool = False, start: Path | None = None) -> No
             accelerator.end_training()
         finally:
             torch.set_flush_denormal(False)
-    trained_on = config.on_policy.rounds or isinstance(run, InnerRun)
+    trained_on = config.refines or isinstance(run, InnerRun)
     if accelerator.is_main_process and not trained_on:
         adapter, merged = run.path("adapter"), run.path("merged")
         adapters.write_merged(config.student, adapter, merged, config.reasoning)

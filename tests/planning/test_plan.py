@@ -138,6 +138,19 @@ def test_rounds_on_policy_and_a_live_teacher_are_in_the_plan():
     assert [row.stage for row in plans[1].memory][-2:] == ["refine", "evaluate"]
 
 
+def test_own_answers_and_the_second_training_are_in_the_plan():
+    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
+    settings = [*place, "train.self_answers={n: 8, keep: 2, max_new_tokens: 100}"]
+    configs = [load_config(ROOT / "configs/gsm8k.yaml", more) for more in (place, settings)]
+    plans = [make_plan(Run(config), machine=HERE) for config in configs]
+    before, after = ({row.stage: row for row in plan.stages} for plan in plans)
+    prompts = plans[1].prompts["train"]
+    assert after["refine"].work.startswith(f"{8 * prompts:,} own answers, then up to ")
+    assert before["train"] == after["train"]
+    assert (after["refine"].seconds or 0) > 2 * (after["train"].seconds or 0)
+    assert [row.stage for row in plans[1].memory][-2:] == ["refine", "evaluate"]
+
+
 def test_without_a_rate_there_are_no_seconds_and_no_price():
     plan = make_plan(quickstart(), machine=HERE.model_copy(update={"rates": {}}))
     unknown = [row.stage for row in plan.stages if row.seconds is None]

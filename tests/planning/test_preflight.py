@@ -83,6 +83,7 @@ FOUND: tuple[tuple[tuple[str, ...], Exit, str], ...] = (  # H26: settings, and w
         "embedding is trained by no adapter",
     ),
     (("train.max_length=4",), Exit.TRAINING, "max_length: none of 90 prompts fits into 4 tokens"),
+    (("train.self_answers={}",), Exit.CONFIG, "train.self_answers: task chat has no checker"),
     (("train.num_processes=2",), Exit.TRAINING, "2 processes were asked for, 1 came"),
     (("filters.python=[mine]",), Exit.CONFIG, "filter mine: is not known to this process"),
     (("corpus.path=gone.jsonl",), Exit.INPUT, "gone.jsonl: does not exist"),

@@ -309,6 +309,11 @@ FROM_ANSWERS = {"teacher": LISTS, "signals": {"from_answers": True}}
         (FROM_ANSWERS, {"signals": {"model": "some/model"}}, "or from_answers is true"),
         (FROM_ANSWERS, {"signals": {"temperatures": [2.0]}}, "temperature 1 only"),
         (FROM_ANSWERS, {"on_policy": {"rounds": 1}}, "a local teacher must read"),
+        (
+            FROM_ANSWERS,
+            {"train": {"loss": SOFT, "self_answers": {}}},
+            "adds answers, which a local",
+        ),
     ],
 )
 def test_what_no_server_can_do_is_said_with_the_config(way, changes, message):

@@ -1,6 +1,7 @@
-"""The refine stage: on-policy distillation by the seams that are there (GKD, arXiv 2306.13649).
+"""The refine stage: rounds on the student's own right answers, then on-policy distillation.
 
-Round after round the student answers some training prompts, the teacher reads the answers once, and
+That is done by the seams that are there (GKD, arXiv 2306.13649): round after round the student
+answers some training prompts, the teacher reads the answers once, and
 the student trains towards its distributions there. A round is a run inside the run, in
 refined/round-N. One that was killed goes on where it was, to the same bits.
 """
@@ -14,16 +15,15 @@ from distill.config.learning import SOFT
 from distill.models.devices import release_memory
 from distill.records import Pair, Prompt
 from distill.responders.responder import Sampling
-from distill.storage.files import read_json, read_records, write_json, write_records
+from distill.storage.files import read_json, read_records, sha256_file, write_json
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.training import train
-from distill.training.adapters import write_merged
+from distill.training import self_answers, train
+from distill.training.adapters import WEIGHTS, write_merged
 from distill.training.batches import order
-from distill.training.inner_run import InnerRun, student_answers, training_prompts
+from distill.training.inner_run import SUMMARY, InnerRun, student_answers, training_prompts
 from distill.training.soft_labels import capture
 
-SUMMARY = ("steps", "best_step", "adapter_step", "tokens", "seconds", "history", "validation")
 SALT = 1_000_003  # apart from the epochs of training, whose order is drawn from (seed, epoch)
 
 
@@ -38,8 +38,7 @@ class Round(InnerRun):
             "loss": config.train.loss.model_copy(update=mix),
             "seed": config.train_seed + number,
             "learning_rate": settings.learning_rate,
-            **{"num_train_epochs": 1, "max_steps": None, "num_processes": None},
-            "report_to": "none",
+            **{"num_train_epochs": 1, "max_steps": None},
         }
         train_changes = config.train.model_copy(update=changes)
         super().__init__(outer, f"refined/round-{number}", train=train_changes)
@@ -52,8 +51,8 @@ def main(run: Run) -> None:
     Raises DistillError: exit 2 where the tokenizers differ, 10 where the teacher's terms forbid it,
     and what the capture and the training raise.
     """
-    config = run.config
-    prompts, adapter = training_prompts(run), run.path("adapter")
+    config, prompts = run.config, training_prompts(run)
+    adapter, taught = self_answers.teach(run, prompts)
     summaries: list[dict[str, Any]] = []
     for number in range(1, config.on_policy.rounds + 1):
         current = Round(run, number)
@@ -63,12 +62,12 @@ def main(run: Run) -> None:
         training = read_json(current.path("training.json"))
         pairs = read_records(current.path("dataset/train.jsonl"), Pair)
         answers = {"answers": len(pairs), "ended": sum(p.response.stop == "end" for p in pairs)}
-        names = (*SUMMARY, "adapter_sha256")
-        summaries.append({**answers, **{name: training[name] for name in names}})
+        summaries.append({**answers, **{name: training[name] for name in SUMMARY}})
     final = run.path("refined/adapter")
     shutil.rmtree(final, ignore_errors=True)
     shutil.copytree(adapter, final)
-    summary = {"rounds": summaries, "adapter_sha256": summaries[-1]["adapter_sha256"]}
+    summary = {"rounds": summaries, "adapter_sha256": sha256_file(final / WEIGHTS)}
+    summary |= {"self_answers": taught} if taught else {}
     write_json(run.path("refined/training.json"), summary)
     write_merged(config.student, final, run.path("refined/merged"), config.reasoning)
 
@@ -87,10 +86,7 @@ def refine(current: Round, prompts: Sequence[Prompt], adapter: Path) -> None:
         for prompt, response in zip(asked, responses, strict=True)
         if response.text.strip() and response.stop != "error"
     ]
-    write_records(current.path("dataset/train.jsonl"), pairs)
-    validation = current.outer.path("dataset/validation.jsonl")
-    if validation.exists():
-        write_records(current.path("dataset/validation.jsonl"), read_records(validation, Pair))
+    current.write_dataset(pairs)
     capture.main(current)
     release_memory()
     train.main(current, start=adapter)
