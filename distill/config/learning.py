@@ -192,8 +192,7 @@ class Train(Section):
     loss: Loss = Loss()
     self_answers: SelfAnswers | None = None
     """Lets the trained student answer its training prompts: what the tasks' checkers find right
-    joins the teacher's answers, and training starts again from the base. Asks no teacher; `{}`
-    takes the defaults, null does without."""
+    joins the teacher's answers, and training starts again from the base. Asks no teacher."""
     bf16: bool | Literal["auto"] = "auto"
     """Whether the forward pass computes in bfloat16; `auto` goes by `student.dtype`. Adapter and
     optimizer are float32, which a GPU computes without TF32."""

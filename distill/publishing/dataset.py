@@ -8,7 +8,6 @@ holds the answers that the filters kept, `raw` all of them with the reason why o
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -147,8 +146,9 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
     own = sorted(run.folder.glob("refined/self-*/dataset/train.jsonl"))[-1:]  # it holds all
     pairs = read_records(own[0], Pair) if own and config.train.self_answers else []
     mine = [pair.response for pair in pairs if pair.origin == "student"]
+    rows: list[tuple[Origin, Response]] = [("student", response) for response in mine]
     responses = read_records(run.path("responses.jsonl"), Response)
-    for origin, response in chain(product(["teacher"], responses), product(["student"], mine)):
+    for origin, response in [*(("teacher", response) for response in responses), *rows]:
         prompt = prompts[response.prompt_id]
         document, masked = documents[prompt.document_id], Counter[str]()
         if response.stop == "error" or (document.split == "heldout" and not heldout):

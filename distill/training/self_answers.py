@@ -26,7 +26,7 @@ from distill.training.soft_labels import capture
 
 KEY = "train.self_answers"
 # Whatever the teacher's answers are held to: these have nobody else to vouch for them
-STRICT = dict.fromkeys(("truncated", "empty", "wrong_format", "failed_checker"), True)
+STRICT = {"truncated": True, "empty": True, "wrong_format": True, "failed_checker": True}
 
 
 def teach(run: Run, prompts: Sequence[Prompt]) -> tuple[Path, list[dict[str, Any]]]:

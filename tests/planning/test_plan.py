@@ -139,9 +139,8 @@ def test_rounds_on_policy_and_a_live_teacher_are_in_the_plan():
 
 
 def test_own_answers_and_the_second_training_are_in_the_plan():
-    place = [f"corpus.path={ROOT / 'data/gsm8k/sample.jsonl'}"]
-    settings = [*place, "train.self_answers={n: 8, keep: 2, max_new_tokens: 100}"]
-    configs = [load_config(ROOT / "configs/gsm8k.yaml", more) for more in (place, settings)]
+    settings = [*SAMPLE, "train.self_answers={n: 8, keep: 2, max_new_tokens: 100}"]
+    configs = [load_config(ROOT / "configs/gsm8k.yaml", more) for more in (SAMPLE, settings)]
     plans = [make_plan(Run(config), machine=HERE) for config in configs]
     before, after = ({row.stage: row for row in plan.stages} for plan in plans)
     prompts = plans[1].prompts["train"]
