@@ -58,9 +58,7 @@ def learn(run: Run, number: int) -> InnerRun:
     if isinstance(teacher, StatedCost):  # of all answers: the stage `generate` enters it
         teacher = teacher.model_copy(update={"dollars": None})
     prompts = config.prompts.model_copy(update={"select": "all"})
-    alone = config.train.model_copy(update={"num_processes": None, "report_to": "none"})
-    sections = {"prompts": prompts, "train": alone, "teacher": teacher}
-    tranche = InnerRun(run, f"tranches/{number}", **sections)
+    tranche = InnerRun(run, f"tranches/{number}", prompts=prompts, teacher=teacher)
     path = tranche.path("prompts.jsonl")
     if not path.exists():
         write_records(path, asked(run, 0.25))

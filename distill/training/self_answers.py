@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.generation.filters import Dropped, active_filters, sift
+from distill.generation.filters import Dropped, active_filters, same_as, sift
 from distill.models.devices import release_memory
 from distill.reasoning import split_thought
 from distill.records import Pair, Prompt
@@ -26,7 +26,7 @@ from distill.training.soft_labels import capture
 
 KEY = "train.self_answers"
 # Whatever the teacher's answers are held to: these have nobody else to vouch for them
-STRICT = {"truncated": True, "empty": True, "wrong_format": True, "failed_checker": True}
+STRICT = {"truncated": True, "empty": True, "wrong_format": True, "failed_checker": "drop"}
 
 
 def teach(run: Run, prompts: Sequence[Prompt]) -> tuple[Path, list[dict[str, Any]]]:
@@ -85,14 +85,12 @@ def add_answers(
     filters = active_filters(strict, tasks_of_run(current.outer.folder))
     distinct = sift(tries, "train", filters, dropped, config.reasoning == "keep")
     reasons = Counter(row.reason for row in dropped)
-    seen = {(row.prompt.id, same(row.response.text)) for row in rows}
+    seen = {answer_of(row) for row in rows}
     counts = Counter(row.prompt.id for row in rows if row.origin == "student")
     added = list[Pair]()
     for pair in distinct:
-        answer = (pair.prompt.id, same(pair.response.text))
-        if answer not in seen and counts[pair.prompt.id] < settings.keep:
-            added.append(pair.model_copy(update={"origin": "student"}))
-            seen.add(answer)
+        if answer_of(pair) not in seen and counts[pair.prompt.id] < settings.keep:
+            added.append(pair)
             counts[pair.prompt.id] += 1
     current.write_dataset([*rows, *added])
     funnel = {"prompts": len(prompts), "answers": len(tries)}
@@ -103,6 +101,7 @@ def add_answers(
     write_json(current.path("funnel.json"), funnel)
 
 
-def same(text: str) -> str:
-    """Return what two answers share that are the same but for their spaces."""
-    return " ".join(text.split())
+def answer_of(pair: Pair) -> tuple[str, str]:
+    """Return the prompt of a row, and what all answers that count as the same share."""
+    response = pair.response
+    return pair.prompt.id, same_as(split_thought(response.text, response.reasoning)[1])
