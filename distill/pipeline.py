@@ -17,8 +17,9 @@ from distill.models.devices import free_frames, release_memory
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage, require_made
+from distill.tasks.scoring import answer_limit
 
-CHECKING = ("select", "filter", "refine", "evaluate")  # the stages that check answers
+CHECKING = ("select", "filter", "train", "refine", "evaluate")  # the stages that may check answers
 LEARNING = ("generate", "filter", "signals", "train")  # those that a tranche goes through too
 
 
@@ -41,10 +42,25 @@ def capture_identity(config: Config) -> dict[str, str]:
 
 
 def train_identity(config: Config) -> dict[str, str]:
-    """Return what a student in a folder is, and the teacher that training reads itself."""
+    """Return what a student in a folder is, the teacher that training reads itself, and by what
+    validation answers are checked."""
+    facts = checking_identity(config)
     if config.train.loss.soft and not config.captures:
-        return capture_identity(config)
-    return registry.folder_facts("student", config.student.model)
+        return {**capture_identity(config), **facts}
+    return {**registry.folder_facts("student", config.student.model), **facts}
+
+
+def checking(config: Config) -> set[str]:
+    """Return the stages that check answers."""
+    return {*CHECKING} - (set() if config.train.metric_for_best_model == "checker" else {"train"})
+
+
+def checking_identity(config: Config) -> dict[str, str]:
+    """Return what shapes the checks of validation answers, where they choose the checkpoint."""
+    if config.train.metric_for_best_model != "checker":
+        return {}
+    limit = {"tokens of a validation answer": f"{answer_limit(config)}"}
+    return {**checker_identity(config.prompts.tasks), **limit}
 
 
 def evaluation_identity(config: Config) -> dict[str, str]:
@@ -75,6 +91,7 @@ def checker_identity(tasks: Sequence[str], suites: Sequence[str] = ()) -> dict[s
     return {f"checker {kind}": source_hash("checker", kind) for kind in sorted(used - KINDS.keys())}
 
 
+CHECKED = "validation_prompts.jsonl"  # where a checker chooses the checkpoint
 STUDENT = ("adapter/adapter_model.safetensors", "refined/adapter/adapter_model.safetensors")
 DATASET = tuple(f"dataset/{split}.jsonl" for split in ("train", "validation", "heldout"))
 # What shapes answers; an endpoint's address is in its identity, and a budget or a timeout may
@@ -84,6 +101,9 @@ TEACHER_KEYS = tuple(
         f"teacher.{key}" for kind in TEACHERS for key in (*Teacher.model_fields, *kind.shaping)
     )
 )
+
+# Where it is `checker`, the teacher is not asked all of validation
+METRIC = "train.metric_for_best_model"
 
 # What only the report reads: at another price, nothing is measured again.
 MONEY = ("machine", "prices", "utilisation", "requests_per_month", "teacher_price")
@@ -141,7 +161,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "generate",
-        (*TEACHER_KEYS, "prompts.questions", "template_date"),
+        (*TEACHER_KEYS, "prompts.questions", "template_date", METRIC),
         ("documents.jsonl", "prompts.jsonl", "selected.jsonl"),
         ("responses.jsonl", "questions.jsonl"),
         _lazy("distill.generation.generate.main"),
@@ -151,9 +171,9 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "filter",
-        ("filters",),
+        ("filters", METRIC),
         ("documents.jsonl", "prompts.jsonl", "questions.jsonl", "responses.jsonl"),
-        (*DATASET, "dropped.jsonl", "funnel.json"),
+        (*DATASET, "dropped.jsonl", "funnel.json", CHECKED),
         _lazy("distill.generation.filters.main"),
         lambda c: {
             **_lazy("distill.generation.filters.identity")(c.filters, c.reasoning),
@@ -174,8 +194,8 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "train",
         ("student", *TRAIN_KEYS, "seed", "template_date"),
-        (*DATASET[:2], "signals.json"),
-        ("checkpoints", "adapter", "training.json", "merged"),
+        (*DATASET[:2], "signals.json", CHECKED),
+        ("checkpoints", "adapter", "training.json", "training_checks.jsonl", "merged"),
         _lazy("distill.training.train.main"),
         train_identity,
         purpose="train the student's adapter",
@@ -185,10 +205,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "refine",
         ("on_policy", "student", "train", "seed", "template_date", "signals", *READER_KEYS),
-        (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors"),
+        (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors", CHECKED),
         ("refined",),
         _lazy("distill.training.soft_labels.on_policy.main"),
-        capture_identity,
+        lambda c: {**capture_identity(c), **checking_identity(c)},
         purpose="let the student answer, and train it on what is right, or as the teacher reads it",
         smaller=MORE_MEMORY,
         applies=lambda config: config.refines,
@@ -252,7 +272,7 @@ def perform(
                 continue
             for missing in (name for name in stage.inputs if not run.path(name).exists()):
                 maker = next(s for s in STAGES if missing.startswith(s.outputs))
-                if maker.applies(run.config):
+                if maker.applies(run.config) and missing != CHECKED:
                     require_made(run.path(missing), maker.name)
             if allow_inexact and stage.name == "train":
                 stage = replace(stage, main=partial(stage.main, allow_inexact=True))
@@ -261,7 +281,7 @@ def perform(
             except BaseException as error:
                 free_frames(error)
                 raise
-            if did and stage.name in CHECKING:  # whether it could run programs, and how
+            if did and stage.name in checking(run.config):  # whether it could run programs, and how
                 allowed = _lazy("distill.tasks.sandbox.programs.allowed")()
                 run.note("programs", {**run.manifest().get("programs", {}), stage.name: allowed})
             if did:

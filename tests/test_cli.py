@@ -107,7 +107,7 @@ def test_status_says_what_is_done_left_and_stale(config, capsys):
         (["bogus"], "No such command"),
         (["run"], "Missing argument"),
         (["run", "c.yaml", "--bogus"], "No such option"),
-        (["train", "c.yaml", "--allow-code"], "No such option"),
+        (["prompts", "c.yaml", "--allow-code"], "No such option"),
         (["run", "c.yaml", "trian.lr=1"], "did you mean train?"),
         (["run", "nowhere.yaml"], "No such file"),
         (["run", "."], "has no config.json"),

@@ -199,15 +199,19 @@ class Train(Section):
     gradient_checkpointing: bool = False
     """Computes activations again in the backward pass, which takes less memory and more time."""
     eval_steps: Positive | None = 50
-    """Steps from one validation to the next; null validates at the end alone."""
+    """Steps from one validation by loss to the next; null validates at the end alone."""
+    metric_for_best_model: Literal["loss", "checker"] = "loss"
+    """What chooses the best checkpoint: `loss` on the teacher's validation answers, or `checker`,
+    by the student's own at each epoch's end (not `eval_steps`); then the teacher is not asked what
+    the checker alone would read."""
     save_steps: Positive | None = 50
     """Steps from one checkpoint to the next; null saves at the end alone."""
     save_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints that are kept."""
     load_best_model_at_end: bool = True
-    """Takes the adapter of the best validation loss, not of the last step."""
+    """Takes the adapter of the best validation, not of the last step."""
     early_stopping_patience: Positive | None = None
-    """Validations in a row without a better loss that end the training; null: none do."""
+    """Validations in a row without a better one that end the training; null: none do."""
     logging_steps: Positive = 1
     """Steps from one logged loss to the next."""
     num_processes: Positive | None = None

@@ -90,8 +90,7 @@ def trained_on(documents: Iterable[Document]) -> Iterator[PlacedText]:
             yield document.id, "\n".join(filter(None, parts))
 
 
-def contaminated_pairs(pairs: Iterable[Pair], held_out: Iterable[Prompt]) -> set[str]:
-    """Return the ids of the responses whose prompt or text holds something of a held-out prompt."""
+def contaminated(texts: Iterable[PlacedText], held_out: Iterable[Prompt]) -> set[str]:
+    """Return the places of the texts that hold something of a held-out prompt."""
     items = {prompt.id: of_item(Item.make(prompt)) for prompt in held_out}
-    texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in pairs)
     return {place for _, place, _ in Index([*items.values()]).find(texts)}

@@ -236,6 +236,8 @@ class TrainingSummary(CardRecord):
     adapter_sha256: str | None = None
     validation_loss_first: float | None = None
     validation_loss_best: float | None = None
+    validation_prompts: int | None = None  # where a checker chooses the checkpoint
+    validation_right: float | None = None  # the best share of them
     loss: dict[str, Any] = {}  # the mix of losses
     labels: str | None = None
     self_answers: tuple[SelfAnswersRound, ...] = ()

@@ -1,7 +1,5 @@
 """From answers to scores: each model's score of each item, and which answers are acceptable.
 
-An answer that is wrong, empty, truncated, refused or in the wrong format scores 0. None is for an
-error of ours (no answer was stored, the request failed, the checker crashed), with the reason.
 Agreement with the teacher's answer (chrF) is a score too, and is never the headline.
 """
 
@@ -9,62 +7,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import regex
 from numpy.typing import NDArray
-from sacrebleu import sentence_chrf
 
 from distill.callables import PROVIDED
 from distill.evaluation.statistics import Bounds, Floats
 from distill.records import Item, Record, Response, Score, Usage
 from distill.storage.files import write_records
-from distill.tasks.checkers import GRADED, NEEDS_REFERENCE, check, needs_reference
+from distill.tasks.checkers import GRADED, NEEDS_REFERENCE, needs_reference
+from distill.tasks.scoring import Checker, score_answer
 from distill.tasks.task import FindTask
 
 AnswersByModel = Mapping[str, Mapping[str, Response]]  # model -> item id -> its answer
-Checker = Mapping[str, Any]
-OURS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 SHARE, CHRF = Bounds(0.0, 1.0), Bounds(0.0, 100.0)
 NO_TEACHER = "agreement is measured against the teacher's own answer"
 # as it stands in requests.jsonl, which `distill verify` makes again byte for byte
 JUDGED = "the judge prefers it, or ties it with an answer of the teacher's that will do"
-
-
-def score_answer(
-    item: Item, response: Response | None, model: str, checker: Checker | None, reference: str = ""
-) -> Score:
-    """Score 1 where an answer passes the checker, else 0; one that grades gives its value.
-
-    Without a checker: its likeness to the teacher's `reference`, chrF from 0 to 100 (Popović 2015).
-    """
-    value, answer = None, None
-    if response is None:
-        reason = "no answer was stored"
-    elif response.stop == "error":
-        reason = f"the request failed: {response.error or 'no reason given'}"
-    elif response.stop == "filtered":
-        value, reason = 0.0, "refused"
-    elif not response.text.strip():
-        value, reason = 0.0, "empty"
-    elif checker is None and not reference.strip():
-        reason = "there is no answer of the teacher to compare with"
-    elif checker is None:
-        value = sentence_chrf(response.text, [reference]).score
-        reason = "chrF against the teacher"
-    elif response.stop == "length":
-        value, reason = 0.0, "truncated"
-    elif needs_reference(checker["kind"]) and not (item.reference or "").strip():
-        reason = "there is no reference to compare with"
-    else:
-        try:
-            verdict = check(checker, item.prompt, response.text)
-            grade = verdict.passed if verdict.value is None else verdict.value
-            value, answer, reason = grade, verdict.answer, verdict.reason
-        except OURS as error:
-            reason = f"the checker failed: {type(error).__name__}: {error}"
-    return Score(item_id=item.id, model=model, value=value, answer=answer, reason=reason)
 
 
 @dataclass(frozen=True)

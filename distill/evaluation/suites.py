@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from distill.config.renamed_keys import first_names
 from distill.config.teachers import EndpointTeacher, Teacher
-from distill.config.tree import Columns, Config
+from distill.config.tree import Columns
 from distill.config.values import File, Positive, Section, checked_model
 from distill.config.yaml_file import find_config
 from distill.corpus.corpus import rank
@@ -25,6 +25,7 @@ from distill.errors import DistillError, Exit
 from distill.records import Document, Item, Pair, Record, Response, digest
 from distill.storage.files import read_records, sha256_file, write_records
 from distill.storage.run_folder import open_run
+from distill.tasks.scoring import answer_limit
 from distill.tasks.task import Task, load_section, load_task, task_path, tasks_of_run
 
 SUITES = Path("eval/suites")
@@ -299,8 +300,3 @@ def held_out_suite(folder: Path) -> Suite:
         "sha256": sha256_file(folder / "dataset/heldout.jsonl"),
     }
     return Suite(name=f"{name}-heldout", ask_teacher=False, parts=tuple(parts), facts=facts)
-
-
-def answer_limit(config: Config) -> int:
-    """Return how many tokens an answer may have: the teacher's limit, where none is set."""
-    return config.evaluation.max_new_tokens or config.teacher.max_new_tokens

@@ -16,7 +16,7 @@ from distill.callables import find as find_callable
 from distill.callables import source_hash
 from distill.config.tree import Filters
 from distill.config.yaml_file import find_config
-from distill.corpus.contamination import contaminated_pairs
+from distill.corpus.contamination import contaminated, own_parts
 from distill.corpus.ngrams import words
 from distill.errors import DistillError, Exit
 from distill.generation.refusals import TABLE, is_refusal
@@ -26,8 +26,8 @@ from distill.records import SPLITS, Document, Pair, Prompt, Record, Response, Sp
 from distill.storage.files import read_records, sha256_file, write_json, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.tasks.checkers import check, needs_reference, strip_fence
-from distill.tasks.task import FindTask, Task, shipped, tasks_of_run
+from distill.tasks.checkers import check, strip_fence
+from distill.tasks.task import FindTask, Task, checker_of, shipped, tasks_of_run
 
 Filter = Callable[[Prompt, Response], str | None]
 
@@ -56,6 +56,7 @@ CASED = re.compile(
 )
 # All but ASCII, exponents, indices and fractions, which NFKC makes digits of the number before
 FORMS = re.compile("[^\x00-\x7f\xb2\xb3\xb9\xbc-\xbe\u2070-\u209f\u2150-\u215f]+")
+CHECKED = "validation_prompts.jsonl"  # in a run's folder: what validation by the checker asks
 
 
 class Dropped(Record):
@@ -78,13 +79,13 @@ def main(run: Run) -> None:
         Pair(prompt=prompts[response.prompt_id], response=response)
         for response in read_records(run.path("responses.jsonl"), Response)
     ]
-    contaminated = contaminated_pairs(
-        (p for p in pairs if splits[p.prompt.document_id] != "heldout"),
-        (p for p in prompts.values() if splits[p.document_id] == "heldout"),
-    )
+    own = (p for p in pairs if splits[p.prompt.document_id] != "heldout")
+    texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in own)
+    held_out = (p for p in prompts.values() if splits[p.document_id] == "heldout")
+    matches = contaminated(texts, held_out)
     settings, keep = run.config.filters, run.config.reasoning == "keep"
     filters = active_filters(settings, tasks_of_run(run.folder))
-    filters.append(lambda p, r: CONTAMINATED if r.id in contaminated else None)
+    filters.append(lambda p, r: CONTAMINATED if r.id in matches else None)
     dropped, dataset = list[Dropped](), dict[Split, list[Pair]]()
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
@@ -94,6 +95,8 @@ def main(run: Run) -> None:
         dataset[split] = mine
         write_records(run.path(f"dataset/{split}.jsonl"), mine)
     write_records(run.path("dropped.jsonl"), dropped)
+    if run.config.train.metric_for_best_model == "checker":
+        write_records(run.path(CHECKED), checked_prompts(run))
     rows = [f"{len(mine)} kept for {split}" for split, mine in dataset.items()]
     if only_signals := sum(pair.only_signals for pair in dataset["train"]):
         rows[0] += f" ({only_signals} of them for soft labels alone)"
@@ -109,6 +112,21 @@ def main(run: Run) -> None:
         what, where = f"no row is left: {most}", run.path("dataset/train.jsonl")
         fix = "change filters or teacher.max_new_tokens; dropped.jsonl has the texts"
         raise DistillError(Exit.INPUT, where, what, fix)
+
+
+def checked_prompts(run: Run) -> list[Prompt]:
+    """Return the validation prompts whose answers a checker can judge, whether the teacher has
+    answered or not, but for those that hold something of a held-out prompt."""
+    splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
+    prompts = read_records(run.path("prompts.jsonl"), Prompt)
+    mine, find = (
+        [p for p in prompts if splits[p.document_id] == "validation"],
+        tasks_of_run(run.folder),
+    )
+    mine = [prompt for prompt in mine if checker_of(find(prompt.task), prompt)]
+    texts = ((prompt.id, "\n".join(own_parts(prompt))) for prompt in mine)
+    matches = contaminated(texts, (p for p in prompts if splits[p.document_id] == "heldout"))
+    return [prompt for prompt in mine if prompt.id not in matches]
 
 
 def identity(settings: Filters, reasoning: str) -> dict[str, str]:
@@ -231,10 +249,8 @@ def repetition(prompt: Prompt, response: Response) -> str | None:
 
 def rejected(task: Task | None, prompt: Prompt, response: Response, reason: str) -> str | None:
     """Return the reason to drop what a task's checker rejects, by its form or by what it says."""
-    checker = task and task.checker
+    checker = checker_of(task, prompt)
     if not checker or (checker["kind"] in FORMATS) != (reason == "wrong format"):
-        return None
-    if needs_reference(checker["kind"]) and not (prompt.reference or "").strip():
         return None
     result = check(checker, prompt, response.text)
     if result.passed is None:  # a failure of ours: the reason says which

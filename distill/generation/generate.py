@@ -21,7 +21,7 @@ from distill.responders.token_counts import recounted
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.tasks.task import checkable, load_task, tasks_of_run
+from distill.tasks.task import FindTask, checkable, checker_of, load_task, tasks_of_run
 
 MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a kind
 
@@ -53,7 +53,11 @@ def main(run: Run) -> None:
                 questions += written_prompts(writing, document, islice(replies, len(group)))
         write_records(run.path("questions.jsonl"), questions)
         prompts += questions
-        requests = requests_of(settings, teacher.origin, prompts, documents, schemas_of(config))
+        useful = useful_prompts(config, prompts, documents, tasks_of_run(run.folder))
+        if unasked := len(prompts) - len(useful):
+            what = "validation prompts are not asked, since the checker alone reads them"
+            say(f"generate: {unasked} {what} (train.metric_for_best_model)")
+        requests = requests_of(settings, teacher.origin, useful, documents, schemas_of(config))
         responses = ask.responses(requests, "teacher")
     if settings.paid:
         responses = recounted(responses, requests, settings.model)
@@ -62,7 +66,7 @@ def main(run: Run) -> None:
         run.ledger.spend(dollars=settings.dollars, price="as stated in teacher.dollars")
     facts = {"model": teacher.model, "origin": teacher.origin, "answers": len(responses)}
     run.note("teacher", facts)
-    line = f"generate: {len(responses)} answers to {len(prompts)} prompts"
+    line = f"generate: {len(responses)} answers to {len(useful)} prompts"
     if errors := [response.error for response in responses if response.stop == "error"]:
         line += f", {len(errors)} of them failed (--redo generate asks those again), the last: "
         line += str(errors[-1])
@@ -88,6 +92,21 @@ def require_turns(config: Config, prompts: Sequence[Prompt]) -> None:
         tokenizer = student_tokenizer(config.student, config.reasoning)
         for messages in rare:
             find_turn(tokenizer, messages, config.template_date)
+
+
+def useful_prompts(
+    config: Config, prompts: Sequence[Prompt], documents: Mapping[str, Document], find: FindTask
+) -> list[Prompt]:
+    """Return the prompts whose answers are of use: all, but for those of validation where answers
+    are made, and the checker alone would read them, which reads the student's own."""
+    if config.train.metric_for_best_model != "checker" or not config.teacher.makes_answers:
+        return list(prompts)
+    return [
+        prompt
+        for prompt in prompts
+        if documents[prompt.document_id].split != "validation"
+        or not checker_of(find(prompt.task), prompt)
+    ]
 
 
 def requests_of(

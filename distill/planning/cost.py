@@ -17,7 +17,7 @@ from distill.config.tree import Config
 from distill.corpus.prompts import asked, question_shares, written_prompts
 from distill.errors import DistillError, Exit
 from distill.formatting import money
-from distill.generation.generate import question_requests, requests_of, schemas_of
+from distill.generation.generate import question_requests, requests_of, schemas_of, useful_prompts
 from distill.pipeline import NAMES, STAGES, perform
 from distill.planning.preflight import require
 from distill.planning.work import TextSize, Work, text_of
@@ -31,6 +31,7 @@ from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
+from distill.tasks.task import tasks_of_run
 
 ANSWER = 0.5  # of max_new_tokens: 0.35 on the quickstart's documentation, 0.66 on GSM8K's problems
 READ = 1000  # stored answers of a kind that are read
@@ -92,7 +93,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
             kinds = _by_request(config, work.teacher, *work.texts, origin, store)
             spent = account(store, {teacher.model: listed}, config.name)
     else:  # from the number and size of prompts alone
-        count = work.all_prompts + work.prompts["train"] * (teacher.n - 1)
+        count = work.all_prompts - work.unasked + work.prompts["train"] * (teacher.n - 1)
         kinds = [Asking(count, work.teacher, teacher.max_new_tokens)]
         if questions:
             asking = work.documents * len(question_shares(questions.kinds, questions.per_document))
@@ -240,6 +241,7 @@ def pilot(run: Run, count: int) -> str:
         nonlocal origin
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
         prompts = asked(run, 0.25)  # of which it is certain that the run asks them
+        prompts = useful_prompts(config, prompts, documents, tasks_of_run(run.folder))
         sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
         at_once = {"batch": False} if isinstance(config.teacher, EndpointTeacher) else {}
         teacher = make_responder(config.teacher.model_copy(update=at_once), config, sources)

@@ -86,7 +86,9 @@ class RunEstimate:
         expected = work.answer_tokens or ANSWER * config.teacher.max_new_tokens
         self.prompt, self.answer = work.student.tokens, cost.answer_tokens if cost else expected
         self.trained = RETAINED * config.teacher.n * work.prompts["train"]
-        self.validated = RETAINED * work.prompts["validation"]
+        self.validated = RETAINED * (work.prompts["validation"] - work.unasked)
+        by_checker = config.train.metric_for_best_model == "checker"
+        self.checked = work.prompts["validation"] if by_checker else 0.0
         own = config.train.self_answers
         self.own_tokens = (own.max_new_tokens or config.teacher.max_new_tokens) if own else 0
         reader = config.soft_teacher() if config.distributions else None
@@ -177,10 +179,16 @@ class RunEstimate:
         if settings.max_steps:
             samples = settings.max_steps * settings.tokens_per_step / tokens
         steps = max(1, samples * tokens / settings.tokens_per_step)
-        passes = self.validated * (1 + steps // (settings.eval_steps or math.inf))
+        times = 1 + steps // (settings.eval_steps or math.inf)
+        if self.checked:  # in each epoch, as the teacher is expected to answer
+            times = math.ceil(samples / max(1.0, self.trained))
+        passes, answers = self.validated * times, self.checked * times
         flops = passes * (self.read + live) + samples * (self.step + live)
         seconds = START + self.machine.seconds(flops, self.config.student.dtype, "train")
-        return f"{count(steps)} steps", samples * tokens, seconds
+        flops = answers * arithmetic.answer_flops(self.student, self.prompt, self.answer)
+        seconds += self.machine.seconds(flops, self.config.student.dtype, "evaluate")
+        text = f"{count(steps)} steps" + f", {count(answers)} answers checked" * bool(answers)
+        return text, samples * tokens, seconds
 
     def refine(self) -> Effort:
         """Count the student's answers: own ones, of which up to `keep` train it again, and those on
@@ -271,6 +279,9 @@ class RunEstimate:
             peaks["refine"] = highest(answers, peaks.get("signals", {}), peaks["train"])
         tokens = self.prompt + answer_limit(config)
         answers = answering(student, width, tokens, config.evaluation.concurrency)
+        if self.checked:  # by the weights with the adapter merged, beside those that are trained
+            copy = arithmetic.weight_bytes(student, width)
+            peaks["train"] = highest(peaks["train"], {**answers, "weights in training": copy})
         read = arithmetic.reading_bytes(student, width, kind)
         # a teacher that is here is timed too
         peaks["evaluate"] = highest(peaks.get("generate", {}), answers, read)

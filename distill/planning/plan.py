@@ -66,6 +66,9 @@ def make_plan(
         notes.append("counts: by the corpus's bytes and the config's caps; it was not read")
     server = ways(config.teacher) if isinstance(config.teacher, EndpointTeacher) else []
     notes += [f"teacher: {note}" for note in [*(teacher.notes if teacher else ()), *server]]
+    if work.unasked:
+        what = "validation prompts are not asked: the checker alone reads them"
+        notes.append(f"teacher: {work.unasked:,} {what} (train.metric_for_best_model)")
     verdict = judge_teacher(config.teacher, config.terms.basis)
     stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]

@@ -17,7 +17,7 @@ from distill.corpus.prompts import PLAIN, QUESTION
 from distill.errors import DistillError, Exit
 from distill.models import loading, registry
 from distill.models.devices import pick_dtype, unused_gpu
-from distill.pipeline import CHECKING, LEARNING, NAMES, STAGES
+from distill.pipeline import LEARNING, NAMES, STAGES, checking
 from distill.publishing.obligations import agreement_of, license_of, obligations
 from distill.records import Prompt
 from distill.responders.endpoint.network import trusted
@@ -145,7 +145,7 @@ class Look:
         from distill.tasks.checkers import RUNS_CODE
         from distill.tasks.sandbox.programs import allowed
 
-        if not self.now.intersection(CHECKING) or allowed() != "no":
+        if not self.now.intersection(checking(self.config)) or allowed() != "no":
             return
         for task in tasks_of(self.config.prompts.tasks, self.config.evaluation.suites):
             if task.checker and task.checker["kind"] in RUNS_CODE:

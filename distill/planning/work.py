@@ -18,12 +18,14 @@ from distill.corpus import corpus as corpus_stage
 from distill.corpus import prompts as prompts_stage
 from distill.corpus.prompts import asked, drawn
 from distill.errors import DistillError, Exit
+from distill.generation.generate import useful_prompts
 from distill.pipeline import STAGES
 from distill.records import SPLITS, Document, Message, Prompt
 from distill.responders.token_counts import token_counter
 from distill.storage.files import read_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
+from distill.tasks.task import tasks_of_run
 
 LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan; a second a megabyte
 HEAD = 1_000_000  # bytes of a large file that are read
@@ -66,6 +68,7 @@ class Work(NamedTuple):
     answer_tokens: float | None = None  # of one that the corpus brings
     texts: tuple[Sequence[Document], Sequence[Prompt]] | None = None
     pool: int | None = None  # prompts for training to choose from, where they were read
+    unasked: int = 0  # validation prompts that the teacher is not asked, and not among the texts
 
     @property
     def all_prompts(self) -> float:
@@ -112,6 +115,8 @@ def _count(run: Run) -> Work:
     if questions := config.prompts.questions:
         for split in splits.values():
             counts[split] += questions.per_document
+    by_id = {document.id: document for document in documents}
+    useful = useful_prompts(config, prompts, by_id, tasks_of_run(run.folder))
     student, teacher = config.student.model, config.teacher.model
     passages = [document.text for document in documents]
     brought = [answer["text"] for document in documents for answer in document.recorded_answers]
@@ -123,7 +128,8 @@ def _count(run: Run) -> Work:
         student=TextSize.of([text_of(p.messages) for p in prompts] or passages, student),
         text_bytes=sum(len(text.encode()) for text in passages),
         answer_tokens=answer.bytes / answer.bytes_a_token if brought else None,
-        texts=(documents, prompts),
+        texts=(documents, useful),
+        unasked=len(prompts) - len(useful),
         pool=len(drawn(run)),
     )
 

@@ -117,3 +117,14 @@ def training_curve(train: Series, validation: Series) -> Plot | None:
     axes = ("step", "{:,.0f}", "loss, nats a token", "{:.2g}")
     lines = (("raw", train), ("line base", smooth), ("line student", validation))
     return Plot(right, low, high, *axes, words, lines=lines)
+
+
+def checks_curve(shares: Series) -> Plot | None:
+    """Show the shares of validation prompts that the student answered right."""
+    if len(shares) < 2:
+        return None
+    series = [(x, 100 * y) for x, y in shares]
+    words = "; ".join(f"{y:.3g} % at step {x:,.0f}" for x, y in series)
+    axes = ("step", "{:,.0f}", "validation prompts answered right, %", "{:g}")
+    top, lines = min(100.0, 1.2 * max(y for _, y in series) + 1), [("line student", series)]
+    return Plot(series[-1][0], 0.0, top, *axes, f"{axes[2]}: {words}", lines=lines)

@@ -42,14 +42,19 @@ def main(run: Run) -> None:
         external = None  # of another student
     cost, economics = money_of(run, evaluation.overall)
     train, validation = (
-        [(row["step"], row["loss"]) for row in training.get(key, [])]
+        [(row["step"], row["loss"]) for row in training.get(key, []) if "loss" in row]
         for key in ("history", "validation")
     )
+    rows = [row for row in training.get("validation", []) if "checker" in row]
+    shares = [(row["step"], row["checker"]) for row in rows]
     summary = {
         **{key: value for key, value in training.items() if key in TrainingSummary.model_fields},
         "validation_loss_first": validation[0][1] if validation else None,
         "validation_loss_best": min((loss for _, loss in validation), default=None),
     }
+    if rows:
+        summary["validation_prompts"] = rows[0]["n"]
+        summary["validation_right"] = max(row["checker"] for row in rows)
     settings = {"settings": evaluation.settings}
     made_with = {"environment": evaluation.environment.model_copy(update=settings)}
     card = Scorecard(
@@ -76,6 +81,7 @@ def main(run: Run) -> None:
         ticks=plots.ticks,
         cost_plot=plots.quality_against_cost(card),
         curve=plots.training_curve(train, validation),
+        checks=plots.checks_curve(shares),
     )
     write_json(run.path("scorecard.json"), tree)
     text = "\n\n".join(part for part in parts(card).values() if part)

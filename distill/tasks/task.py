@@ -116,6 +116,13 @@ def shipped(name: str) -> Task | None:
     return load_task(name) if task_path(name).is_file() else None
 
 
+def checker_of(task: Task | None, prompt: Prompt) -> dict[str, Any] | None:
+    """Return the task's checker, None where it has none or lacks the reference that it needs."""
+    checker = task and task.checker
+    unable = checker and needs_reference(checker["kind"]) and not (prompt.reference or "").strip()
+    return None if unable else checker
+
+
 def tasks_of_run(folder: Path) -> FindTask:
     """Return what finds a task by its name: in the run's `tasks.json`, else in configs/tasks."""
     path = folder / TASKS_FILE
@@ -129,17 +136,10 @@ def checkable(prompts: Sequence[Prompt], find: FindTask, key: str) -> list[Promp
 
     Raises DistillError (exit 2), for the config's `key` that needs it, where a task has none.
     """
-    names = {prompt.task for prompt in prompts}
-    checkers = {name: task.checker for name in names if (task := find(name)) and task.checker}
-    alone = {name for name, checker in checkers.items() if not needs_reference(checker["kind"])}
-    judged = [
-        prompt
-        for prompt in prompts
-        if prompt.task in alone or (prompt.task in checkers and (prompt.reference or "").strip())
-    ]
-    for name in sorted(names - {prompt.task for prompt in judged}):
+    judged = [prompt for prompt in prompts if checker_of(find(prompt.task), prompt)]
+    for name in sorted({prompt.task for prompt in prompts} - {prompt.task for prompt in judged}):
         lack = "no prompt with the reference that its checker needs"
-        what = f"task {name} has {lack if name in checkers else 'no checker'}"
+        what = f"task {name} has {lack if (task := find(name)) and task.checker else 'no checker'}"
         raise DistillError(Exit.CONFIG, key, what, f"add it, or leave {key} out")
     return judged
 

@@ -22,8 +22,10 @@ from distill.records import digest
 from distill.storage.environment import LIBRARIES, installed, processor
 from distill.storage.files import sha256_file
 from distill.storage.run_folder import MEMORY, Run, flatten
+from distill.tasks.scoring import answer_limit
 from distill.training import adapters, processes
 from distill.training.batches import Example, plan_steps
+from distill.training.checked import validation_prompts
 from distill.training.encode import SPLITS, encode_split
 from distill.training.soft_labels.labels import load_labels, load_live
 from distill.training.student import attention_notes, make_student
@@ -77,6 +79,14 @@ class Preparation:
             path = start / adapters.WEIGHTS
             adapters.restore(self.model, load_file(path), path)
             self.facts["start"] = sha256_file(path)
+        by_checker = settings.metric_for_best_model == "checker"
+        self.validation_prompts = validation_prompts(run) if by_checker and not shards else []
+        if by_checker:
+            names = [prompt.id for prompt in self.validation_prompts]
+            self.facts["validation_prompts"] = digest([answer_limit(config), names])
+            why = "it is in shards" if shards else "no prompt has a checker and what that needs"
+            how = f"the checker, on {len(names)} prompts after each epoch; eval_steps is ignored"
+            self.notes.append(f"validation by {how if names else f'loss, if at all: {why}'}")
         if shards:
             self.facts["sharded"] = True
             self.notes.append(f"sharded over {world} processes (FSDP2)")

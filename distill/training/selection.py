@@ -21,8 +21,9 @@ from distill.responders.responder import Sampling
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.tasks.checkers import check, needs_reference
-from distill.tasks.task import TASKS_FILE, FindTask, tasks_of_run
+from distill.tasks.checkers import check
+from distill.tasks.scoring import answer_limit
+from distill.tasks.task import TASKS_FILE, FindTask, checker_of, tasks_of_run
 from distill.training import train
 from distill.training.inner_run import InnerRun, student_answers
 from distill.training.soft_labels import capture
@@ -85,8 +86,7 @@ def hardest(tranche: InnerRun, prompts: Sequence[Prompt], count: int) -> list[Pr
     It tries no more than it takes to find so many that it fails: ever more at once.
     """
     config, find = tranche.config, tasks_of_run(tranche.folder)
-    limit = config.evaluation.max_new_tokens or config.teacher.max_new_tokens
-    adapter, sampling = tranche.path("adapter"), Sampling(max_new_tokens=limit)
+    adapter, sampling = tranche.path("adapter"), Sampling(max_new_tokens=answer_limit(config))
     responses, failed, others = list[Response](), list[Prompt](), list[tuple[float, Prompt]]()
     while len(responses) < len(prompts) and len(failed) < count:
         start = len(responses)
@@ -109,11 +109,8 @@ def hardest(tranche: InnerRun, prompts: Sequence[Prompt], count: int) -> list[Pr
 
 def solves(find: FindTask, prompt: Prompt, response: Response) -> bool | None:
     """Tell whether an answer passes its task's check in full; None where nothing can tell."""
-    task = find(prompt.task)
-    checker = task and task.checker
+    checker = checker_of(find(prompt.task), prompt)
     if not checker or response.stop == "error":
-        return None
-    if needs_reference(checker["kind"]) and not (prompt.reference or "").strip():
         return None
     if response.stop == "length":
         return False

@@ -81,6 +81,7 @@ class StudentModel(nn.Module):
         super().__init__()
         self.model, self.packing = model, packing
         self.labels: CachedLabels | LiveLabels | None = None
+        self.attention = model.config._attn_implementation  # as loaded, before rows are packed
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._decoder, self._head = (base.get_decoder(),), (base.get_output_embeddings(),)
         config = base.config.get_text_config()  # Granite divides its logits, Cohere multiplies
@@ -197,6 +198,7 @@ def make_student(
             return plain, []
         model.set_attn_implementation(NAME)
         student = StudentModel(model)
+        student.attention = before
         if fused and fuse(decoder):
             if agrees(student):
                 return student, []

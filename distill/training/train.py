@@ -17,17 +17,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from distill.errors import DistillError, Exit
 from distill.models import registry
 from distill.models.devices import release_memory
-from distill.records import digest
+from distill.records import Item, Score, digest
 from distill.storage.environment import Interrupt, interruptible
-from distill.storage.files import sha256_file, write_json
+from distill.storage.files import sha256_file, write_json, write_records
 from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run, differences, flatten
 from distill.training import adapters, checkpoint, processes
 from distill.training.batches import Example, OptimizerStep, learning_rate, share
+from distill.training.checked import check_student
 from distill.training.encode import show
 from distill.training.inner_run import InnerRun
 from distill.training.prepare import Preparation
@@ -46,7 +48,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
     best_step: int | None = None
-    best_loss: float | None = None
+    best_loss: float | None = None  # by the checker, the share that does not pass
+    checks: list[dict[str, Any]] = field(default_factory=list)  # of the adapter that is kept
     worse: int = 0  # validations in a row that were not the best
     stopped_early: bool = False
     notes: list[str] = field(default_factory=list)
@@ -168,8 +171,11 @@ class Loop:
                 speed = row["tokens"] / row["seconds"]
                 tracker.advance(1, f"{speed:.0f} tokens/s, loss {row['loss']:.3f}")
                 last = progress.step == total
-                if parts.validation and (last or self._due(settings.eval_steps)):
-                    self._validate()
+                due = last or self._due(settings.eval_steps)
+                if parts.validation_prompts:
+                    due = last or parts.plan[progress.step].epoch > step.epoch
+                if due and (parts.validation or parts.validation_prompts):
+                    self._validate(step.epoch + 1)
                     last = last or progress.stopped_early
                 if last or interrupted or self._due(settings.save_steps):
                     self._save(step)
@@ -278,10 +284,39 @@ class Loop:
     def _zeros(self) -> torch.Tensor:
         return torch.zeros(len(self.losses), dtype=torch.float64).to(self.accelerator.device)
 
+    def _validate(self, epoch: int) -> None:
+        """Measure the loss, or by the checker what is right; keep the best adapter, maybe stop."""
+        progress, parts, row = self.progress, self.parts, dict[str, Any]()
+        if parts.validation:
+            row = self._validation_loss()
+            say(f"validation loss {row['loss']:.4f} after step {progress.step}")
+        loss, scores = row.get("loss", 1.0), list[Score]()
+        if prompts := parts.validation_prompts:
+            mine = prompts[self.accelerator.process_index :: self.world]
+            scores = check_student(self.run, mine, parts.student, parts.tokenizer)
+            by_id = {score.item_id: score for score in gather_object(scores)}
+            scores = [by_id[Item.make(prompt).id] for prompt in prompts]
+            right = sum(score.value or 0.0 for score in scores)
+            row |= {"checker": right / len(prompts), "n": len(prompts)}
+            loss = 1 - row["checker"]
+            say(f"validation: {right:g} of {len(prompts)} right after epoch {epoch}")
+        progress.validation.append({"step": progress.step, **row})
+        shown = {f"validation_{name}": row[name] for name in ("loss", "checker") if name in row}
+        self.accelerator.log(shown, step=progress.step)
+        if better := progress.best_loss is None or loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.worse = loss, progress.step, 0
+            self.best = adapters.tensors(parts.model)
+        else:
+            progress.worse += 1
+        if better or not self.settings.load_best_model_at_end:
+            progress.checks = [score.model_dump() for score in scores]
+        patience = self.settings.early_stopping_patience
+        progress.stopped_early = patience is not None and progress.worse >= patience
+
     @torch.no_grad()
-    def _validate(self) -> None:
-        """Measure the mean loss of a validation token, keep the best adapter, maybe stop early."""
-        progress, examples, student = self.progress, self.parts.validation, self.parts.student
+    def _validation_loss(self) -> dict[str, float]:
+        """Return the mean losses of a validation token."""
+        examples, student = self.parts.validation, self.parts.student
         rank, sums = self.accelerator.process_index, self._zeros()
         student.eval()
         for indices in share(self.parts.batches(examples), rank, self.world):
@@ -289,17 +324,7 @@ class Loop:
         student.train()
         reduced: Any = self.accelerator.reduce(sums)
         means = (reduced / sum(sum(e.weights) for e in examples)).tolist()
-        row = dict(zip(self.losses, means, strict=True))
-        progress.validation.append({"step": progress.step, **row})
-        self.accelerator.log({"validation_loss": means[0]}, step=progress.step)
-        if progress.best_loss is None or means[0] < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.worse = means[0], progress.step, 0
-            self.best = adapters.tensors(self.parts.model)
-        else:
-            progress.worse += 1
-        patience = self.settings.early_stopping_patience
-        progress.stopped_early = patience is not None and progress.worse >= patience
-        say(f"validation loss {means[0]:.4f} after step {progress.step}")
+        return dict(zip(self.losses, means, strict=True))
 
     def _save(self, step: OptimizerStep) -> None:
         """Write a checkpoint on the main process; all gather a student in shards."""
@@ -340,4 +365,7 @@ class Loop:
             summary["skipped"] = progress.skipped
         if self.mix:
             summary |= {"loss": self.mix, "labels": self.settings.loss.teacher}
+        if progress.checks:
+            scores = map(Score.model_validate, progress.checks)
+            write_records(self.run.path("training_checks.jsonl"), scores)
         write_json(self.run.path("training.json"), summary)

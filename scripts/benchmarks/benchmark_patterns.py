@@ -33,7 +33,6 @@ from distill.corpus.near_duplicates import near_repeats, shingles
 from distill.corpus.ngrams import Index, words
 from distill.errors import DistillError
 from distill.evaluation import judge
-from distill.evaluation.scorers import score_answer
 from distill.generation import filters
 from distill.generation.refusals import is_refusal
 from distill.languages import language_of
@@ -54,6 +53,7 @@ from distill.tasks.checkers import (
     strip_fence,
 )
 from distill.tasks.sandbox.programs import ProgramTests, program
+from distill.tasks.scoring import score_answer
 from distill.tasks.task import load_task
 
 PIECES = {
@@ -317,7 +317,7 @@ READERS: dict[str, Reader] = {
     "tasks.programs, program of a name": lambda text: program(
         text, ProgramTests("check(f)", "def f():", ("f",))
     ),
-    "evaluation.scorers.score_answer": lambda text: score_answer(
+    "tasks.scoring.score_answer": lambda text: score_answer(
         Item.make(prompt_of("q")), response_of(text + "b"), "m", None, text
     ),
     "evaluation.judge.read_choice": judge.read_choice,

@@ -32,7 +32,6 @@ from distill.config.learning import OnPolicy
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit, exit_code
 from distill.evaluation.answering import Here, requests_to, student_responder
-from distill.evaluation.scorers import score_answer
 from distill.evaluation.statistics import (
     Bounds,
     Estimate,
@@ -51,6 +50,7 @@ from distill.storage.environment import environment
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.progress import console, say
 from distill.storage.run_folder import Run, open_run
+from distill.tasks.scoring import score_answer
 from distill.tasks.task import tasks_of_run
 from distill.training import train
 from distill.training.batches import Example

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from distill.evaluation import results, scorers
+from distill.evaluation import results
 from distill.evaluation.scorers import (
     JUDGED,
     AnswersByModel,
@@ -16,6 +16,7 @@ from distill.evaluation.scorers import (
 )
 from distill.evaluation.statistics import Certainty
 from distill.records import Item, Message, Prompt, Response, Score, Usage
+from distill.tasks import scoring
 from distill.tasks.task import shipped
 
 NUMBER = {"kind": "number"}
@@ -59,7 +60,7 @@ def test_errors_of_ours_score_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("bad checker")
 
     assert score_answer(item(None), answer("7"), "student", NUMBER).value is None, "no reference"
-    monkeypatch.setattr(scorers, "check", crash)
+    monkeypatch.setattr(scoring, "check", crash)
     score = score_answer(item(), answer("7"), "student", NUMBER)
     assert score.value is None and "bad checker" in score.reason
 
