@@ -52,7 +52,8 @@ def train_identity(config: Config) -> dict[str, str]:
 
 def checking(config: Config) -> set[str]:
     """Return the stages that check answers."""
-    return {*CHECKING} - (set() if config.train.metric_for_best_model == "checker" else {"train"})
+    idle = set() if config.train.metric_for_best_model == "checker" else {"train"}
+    return {*CHECKING} - idle - (set() if config.train.self_answers else {"refine"})
 
 
 def checking_identity(config: Config) -> dict[str, str]:
