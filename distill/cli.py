@@ -146,6 +146,8 @@ def add_stage(stage: Stage) -> None:
         perform_alone(run, stage, redo, allow_code, unsafe_code, allow_inexact)
         if stage.name == "report":
             show_scorecard(run.folder)
+        if stage.name == "recipe" and stage.applies(run.config):
+            print(run.path("recipe.md").read_text(encoding="utf-8"))
 
     foreign = {"allow_inexact"} if stage.name != "train" else set[str]()
     foreign |= {"lm_eval", "limit", "include_path"} if stage.name != "evaluate" else set()

@@ -19,7 +19,8 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage, require_made
 from distill.tasks.scoring import answer_limit
 
-CHECKING = ("select", "filter", "train", "refine", "evaluate")  # the stages that may check answers
+# The stages that may check answers
+CHECKING = ("select", "filter", "recipe", "train", "refine", "evaluate")
 LEARNING = ("generate", "filter", "signals", "train")  # those that a tranche goes through too
 
 
@@ -120,6 +121,7 @@ SIGNAL_KEYS = (
     *("train.max_length", "template_date"),
 )
 TRAIN_KEYS = tuple(f"train.{key}" for key in Train.model_fields if key != "self_answers")
+SEARCH_KEYS = tuple(f"recipe.{key}" for key in ("mode", "losses", "hours", "seeds"))
 MORE_MEMORY = "lower train.micro_batch_tokens, or set train.gradient_checkpointing: true"
 
 STAGES: tuple[Stage, ...] = (
@@ -193,9 +195,21 @@ STAGES: tuple[Stage, ...] = (
         applies=lambda config: config.captures,
     ),
     Stage(
+        "recipe",
+        (*SEARCH_KEYS, "student", *TRAIN_KEYS, "seed", "template_date"),
+        ("documents.jsonl", *DATASET[:2], "signals.json", CHECKED),
+        ("recipe", "recipe.json", "chosen.yaml", "recipe.md", "recipe.html"),
+        _lazy("distill.recipe.main"),
+        train_identity,
+        purpose="try settings of the training by what the student's answers score, and show them",
+        smaller=MORE_MEMORY,
+        applies=lambda config: config.recipe.mode == "auto",
+        compares=("student", "teacher"),
+    ),
+    Stage(
         "train",
-        ("student", *TRAIN_KEYS, "seed", "template_date"),
-        (*DATASET[:2], "signals.json", CHECKED),
+        ("student", *TRAIN_KEYS, "recipe.mode", "seed", "template_date"),
+        (*DATASET[:2], "signals.json", CHECKED, "recipe.json"),
         ("checkpoints", "adapter", "training.json", "training_checks.jsonl", "merged"),
         _lazy("distill.training.train.main"),
         train_identity,
@@ -217,7 +231,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "evaluate",
         (*MEASURED, "teacher.max_new_tokens"),
-        ("dataset/heldout.jsonl", *STUDENT),
+        ("dataset/heldout.jsonl", *STUDENT, "recipe.json"),
         ("answers", "scores", "timings", "requests.jsonl", "evaluation.json"),
         _lazy("distill.evaluation.evaluate.main"),
         evaluation_identity,

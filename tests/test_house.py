@@ -35,6 +35,7 @@ LAYERS = (
     ("publishing",),
     ("pipeline",),
     ("planning",),
+    ("recipe",),
     ("status", "verify", "api"),
     ("cli",),
     ("__main__",),
@@ -317,7 +318,7 @@ def test_config_keys_in_the_docs_exist(page):
         rf"(?<![\w./])({'|'.join(Config.model_fields)})\.(\w+(?:\.\w+)*)", page.read_text()
     ):
         kind = Config.model_fields[section].annotation
-        if rest.split(".")[-1] in {"json", "jsonl", "py", "md", "yaml"}:
+        if rest.split(".")[-1] in {"json", "jsonl", "py", "md", "html", "yaml"}:
             continue
         for key in rest.split("."):
             fields = getattr(kind, "model_fields", None)

@@ -3,14 +3,15 @@
 Config reaches a stage's `main` and stops there. `distill.config.yaml_file` reads it.
 """
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from distill.config.learning import OnPolicy, Signals, Student, Train
+from distill.config.recipe import Arm, Recipe
+from distill.config.release import Publish, Terms
 from distill.config.renamed_keys import present_value
 from distill.config.teachers import (
     AnyEngine,
@@ -32,10 +33,8 @@ from distill.config.values import (
     Name,
     Pattern,
     Positive,
-    ReleaseName,
     Section,
 )
-from distill.secret_patterns import NAMES
 
 
 class Chunk(Section):
@@ -231,47 +230,6 @@ class Evaluation(Section):
         return self
 
 
-class Terms(Section):
-    """What allows training on the teacher's answers, where configs/terms.yaml does not."""
-
-    basis: Annotated[str, Field(min_length=3, max_length=500)] | None = None
-    """What allows it, in your words (agreement, date); stands on the model card."""
-    agreement: File | None = None
-    """Copy of the license agreement that a release must carry, where the terms ask for one."""
-
-
-Format = Literal["adapter", "safetensors", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "ollama"]
-
-
-class Publish(Section):
-    """What the release holds, what it is called, and its license."""
-
-    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("adapter", "safetensors")
-    """What the release holds: adapter, safetensors (the merged model), gguf-f16, gguf-q8_0,
-    gguf-q4_k_m (for llama.cpp), ollama (a Modelfile, and the gguf-q8_0 that it names)."""
-
-    model_name: ReleaseName | None = None
-    """Name of the release as NAME or OWNER/NAME; null takes the repository's, else the run's."""
-    license: str | None = None
-    """SPDX id of the release's license; null takes that of the base model."""
-    corpus_license: str | None = None
-    """License of the corpus, which a published data set needs, as an SPDX id; null takes what its
-    rows state, and of recorded answers `teacher.license`."""
-    language: str = "en"
-    """Language of the answers, as a BCP 47 code, for the card."""
-    allow_secrets: tuple[str, ...] = ()
-    """What looks like a secret and is none, in the release or in this config: forms (sk-key), or
-    the first 8 to 64 digits of a text's SHA-256, as messages show it (sha256:0123456789ab)."""
-
-    @field_validator("allow_secrets")
-    @classmethod
-    def _known_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in NAMES and not re.fullmatch("(?:sha256:)?[0-9a-f]{8,64}", name):
-                raise ValueError(f"{name[:40]} is no name of a secret's form and no SHA-256")
-        return value
-
-
 class Config(Section):
     """One experiment."""
 
@@ -298,6 +256,7 @@ class Config(Section):
     signals: Signals = Signals()
     student: Student
     train: Train = Train()
+    recipe: Recipe = Recipe()
     on_policy: OnPolicy = OnPolicy()
     evaluation: Evaluation = Evaluation()
     publish: Publish = Publish()
@@ -305,12 +264,18 @@ class Config(Section):
     @property
     def captures(self) -> bool:
         """Tell whether the teacher's distributions are captured before training."""
-        return bool(self.train.loss.soft) and self.train.loss.teacher == "cached"
+        loss = self.train.loss
+        return (bool(loss.soft) and loss.teacher == "cached") or bool({*self.arms} - {"text"})
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """Return the losses that a search tries, none where there is no search."""
+        return self.recipe.arms(self.soft_teacher(), self.signals)
 
     @property
     def distributions(self) -> bool:
         """Tell whether any stage needs the teacher's distributions, cached or live."""
-        return bool(self.train.loss.soft) or self.on_policy.rounds > 0
+        return bool(self.train.loss.soft) or self.captures or self.on_policy.rounds > 0
 
     @property
     def refines(self) -> bool:
@@ -331,6 +296,11 @@ class Config(Section):
         return self.seed if self.train.seed is None else self.train.seed
 
     @model_validator(mode="after")
+    def _search_has_what_it_needs(self) -> "Config":
+        vars(self).update(self.recipe.demands(self))  # which the resolved config shows
+        return self
+
+    @model_validator(mode="after")
     def _distributions_can_be_had(self) -> "Config":
         if self.filters.failed_checker == "signals_only" and not self.train.loss.soft:
             what = "filters.failed_checker signals_only needs soft labels, and train.loss has none"
@@ -339,7 +309,7 @@ class Config(Section):
             return self
         loss, signals, teacher = self.train.loss, self.signals, self.soft_teacher()
         rounds, sampled = self.on_policy.rounds > 0, signals.method == "sampled"
-        divergences = [*(loss.soft if self.captures else ())]
+        divergences = [*(loss.soft if self.captures else ()), *{*self.arms} - {"text"}]
         divergences += [self.on_policy.divergence] if rounds else []
         biased = any(name != "forward_kl" for name in divergences) or loss.temperature != 1
         bodies = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
@@ -349,7 +319,8 @@ class Config(Section):
         if divergences and sampled and biased:
             why = "signals.method sampled is right for ce and forward_kl at temperature 1 only"
         elif teacher.logprobs is None or (listed and (own or not self.captures)):
-            what = "train.self_answers adds answers" if own else "train.loss has soft parts"
+            what = "train.loss has soft parts" if loss.soft else "recipe.losses has divergences"
+            what = "train.self_answers adds answers" if own else what
             what = "on_policy has rounds" if rounds else what
             why = f"{what}, which a local teacher must read: {local}"
         elif listed and (sampled or signals.temperatures or loss.temperature != 1):

@@ -39,7 +39,7 @@ def ran_elsewhere(run: Run, machine: str | None) -> str:
 def trained_elsewhere(run: Run) -> str:
     """Return which stage computed on another device than the evaluation, whose price is known."""
     local = ("generate",) if run.config.teacher.runs_here else ()
-    for stage in (*local, "select", "signals", "train", "refine"):
+    for stage in (*local, "select", "signals", "recipe", "train", "refine"):
         there, here = (run.made_with(s).get("environment") for s in (stage, "evaluate"))
         if there and here and there.get("gpu") != here.get("gpu"):
             gpus = [facts.get("gpu") or "a CPU" for facts in (there, here)]

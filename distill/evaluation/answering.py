@@ -33,6 +33,7 @@ from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.tasks.task import tasks_of_run
 from distill.training.adapters import WEIGHTS, merged_student
+from distill.training.inner_run import InnerRun
 from distill.training.student import answer_loss
 
 Here = LocalResponder | EngineResponder
@@ -75,12 +76,24 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
         write_records(run.path(f"answers/readings/{name}.jsonl"), losses)
         del responder, ask  # so that one model at a time is in memory
         release_memory()
+    if run.path("recipe/default-last").exists():
+        answer_as_default(run, prompts)
     answer_with_teacher(run, prompts, suites)
     facts = {"teacher": describe_teacher(config.teacher, config.template_date), **facts}
     models = {model: of_model.tree() for model, of_model in facts.items()}
     write_json(run.path("answers/models.json"), models)
     write_records(run.path("answers/teacher.jsonl"), [pair.response for pair in pairs])
     write_json(run.path("answers/suites.json"), [s.model_dump(mode="json") for s in suites])
+
+
+def answer_as_default(run: Run, prompts: Sequence[Prompt]) -> None:
+    """Let the default of a search, trained as the winner was, answer the held-out prompts."""
+    responder, _ = student_responder(InnerRun(run, "recipe/default-last"), "default")
+    requests = requests_to(responder, prompts, [answer_limit(run.config)] * len(prompts))
+    with Ask(responder, run.config.store_folder() / "responses", run) as ask:
+        write_records(run.path("answers/default.jsonl"), ask.responses(requests, "default answers"))
+    del responder, ask
+    release_memory()
 
 
 def student_responder(run: Run, name: str, trained: bool = True) -> tuple[Here, ModelFacts]:

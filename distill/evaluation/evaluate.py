@@ -19,6 +19,7 @@ from distill.evaluation.measurements import (
     Contamination,
     Difference,
     EvaluationResult,
+    RecipeResult,
     Results,
     Settings,
     SuiteResult,
@@ -32,7 +33,7 @@ from distill.evaluation.scorers import (
     requests_of,
     write_scores,
 )
-from distill.evaluation.statistics import Certainty, estimate_mean
+from distill.evaluation.statistics import Certainty, Estimate, estimate_difference, estimate_mean
 from distill.evaluation.suites import (
     Suite,
     answer_limit,
@@ -43,9 +44,10 @@ from distill.evaluation.suites import (
 )
 from distill.evaluation.tries import choose, tries_result
 from distill.records import AnswerLoss, Document, Item, Pair, Response
-from distill.storage.files import read_json, read_records, write_json, write_records
+from distill.storage.files import read_json, read_records, sha256_file, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.tasks.task import tasks_of_run
+from distill.tasks.scoring import score_answer
+from distill.tasks.task import checker_of, tasks_of_run
 
 EXAMPLES = 5  # of matches in evaluation.json
 
@@ -77,9 +79,16 @@ def main(run: Run) -> None:
         what = f"all {len(items)} held-out items stand in the training data"
         fix = "--redo corpus, which leaves documents with their text out"
         raise DistillError(Exit.EVALUATION, "contamination", what, fix)
+    if run.config.recipe.mode == "auto":
+        names = ("dataset/heldout.jsonl", "stages/recipe.json")  # items, and the search
+        files = [sha256_file(run.path(name)) for name in names]
+        opened = run.manifest().get("heldout_opened", [])
+        run.note("heldout_opened", [*opened, *([files] if files not in opened else [])])
     answer(run, pairs, suites)
     ask_judge(run, items, read_answers(run, items))
     measure(run, suites, overlap)
+    if found := read_json(run.path("evaluation.json")).get("recipe"):
+        run.note("recipe", {**run.manifest()["recipe"], **found})
 
 
 def find_overlap(run: Run, items: Sequence[Item], suites: Sequence[Suite] = ()) -> Overlap:
@@ -128,6 +137,7 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
         write_scores(run.path("scores"), [TRIES], of_tries)
         tries = tries_result(settings.tries, overlap.clean(of_tries), certainty)
     requests = requests_of(clean, {**answers, TRIES: choices}, clean_rows.values(), verdicts)
+    recipe = measure_recipe(run, clean, answers, certainty)
     write_records(run.path("requests.jsonl"), requests)
     alike = measure_items(clean, answers)
     evaluation = EvaluationResult(
@@ -138,6 +148,7 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
         suites={suite.name: measure_suite(run, suite, certainty, overlap) for suite in suites},
         judge=judge,
         tries=tries,
+        recipe=recipe,
         settings=Settings(
             **certainty._asdict(),
             items=len(items),
@@ -150,6 +161,37 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
         environment=run.made_with("evaluate").get("environment", {}),
     )
     write_json(run.path("evaluation.json"), evaluation.tree())
+
+
+def measure_recipe(
+    run: Run, items: Sequence[Item], answers: AnswersByModel, certainty: Certainty
+) -> RecipeResult | None:
+    """Return what a search chose, and how it compares with its default on the held-out items."""
+    if run.config.recipe.mode == "off":
+        return None
+    recipe, manifest = read_json(run.path("recipe.json")), run.manifest()
+    find, path = tasks_of_run(run.folder), run.path("answers/default.jsonl")
+    heldout = Estimate.unknown("The default was kept")
+    if path.exists():
+        by_id = by_item(held_out_items(run.folder)[1], read_records(path, Response))
+        pairs = [(item, checker_of(find(item.task), item.prompt)) for item in items]
+        pairs = [(item, checker) for item, checker in pairs if checker]
+        sides = [
+            [score_answer(item, by[item.id], "", checker).value or 0.0 for item, checker in pairs]
+            for by in (answers["student"], by_id)
+        ]
+        clusters = [item.cluster for item, _ in pairs]
+        heldout = estimate_difference(sides[0], sides[1], clusters, certainty, SHARE)
+    row = next(row for row in recipe["ladder"] if row["trial"] == recipe["chosen"])
+    validation = Estimate.model_validate(row["difference"])
+    sha256 = sha256_file(run.path("dataset/heldout.jsonl"))
+    return RecipeResult(
+        **{key: manifest["recipe"][key] for key in ("chosen", "trials", "tokens", "seconds")},
+        openings=sum(opened[0] == sha256 for opened in manifest.get("heldout_opened", [])),
+        validation=Difference.of(validation),
+        heldout=Difference.of(heldout),
+        optimism=None if heldout.value is None else (validation.value or 0.0) - heldout.value,
+    )
 
 
 def measure_suite(run: Run, suite: Suite, certainty: Certainty, overlap: Overlap) -> SuiteResult:

@@ -291,6 +291,19 @@ class Environment(CardRecord):
     settings: Settings = Settings()  # in scorecard.json; evaluation.json has them beside
 
 
+class RecipeResult(CardRecord):
+    """What a search for settings of the training chose, against its default, and what it took."""
+
+    chosen: str
+    trials: int
+    tokens: int
+    seconds: float
+    openings: int  # how many searches of this run have opened these held-out items
+    validation: Difference  # of the trial in the rungs, which look better than they are
+    heldout: Difference
+    optimism: float | None = None  # validation minus held-out
+
+
 class Comparison(Results):
     """What evaluation.json and scorecard.json both hold."""
 
@@ -299,6 +312,7 @@ class Comparison(Results):
     suites: dict[str, SuiteResult] = {}
     judge: JudgeResult | None = None
     tries: Annotated[TriesResult | None, Field(exclude_if=lambda it: it is None)] = None
+    recipe: Annotated[RecipeResult | None, Field(exclude_if=lambda it: it is None)] = None
     corpus: CorpusFacts = CorpusFacts()
     environment: Environment = Environment()
 

@@ -19,6 +19,7 @@ from distill.planning.cost import TeacherCost, teacher_cost
 from distill.planning.estimate import RunEstimate, StageMemory, StagePlan
 from distill.planning.machine import Machine, find_machine, measure
 from distill.planning.preflight import Look
+from distill.planning.search import plan_search
 from distill.planning.work import Work, count_work, text_of
 from distill.records import Record
 from distill.responders.endpoint.network import ways
@@ -72,6 +73,12 @@ def make_plan(
     verdict = judge_teacher(config.teacher, config.terms.basis)
     stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]
+    disk = estimate.disk()
+    if search := plan_search(config, estimate):
+        row = StagePlan(stage="recipe", work=f"{search.trials} trainings", seconds=search.seconds)
+        stages.insert(next(n for n, row in enumerate(stages) if row.stage == "train"), row)
+        notes.append(search.line())
+        disk["trials"] = 4.0 * estimate.adapter * search.trials + disk["merged"]
     seconds = sum(row.seconds or 0.0 for row in stages)
     price = load_prices(config.evaluation.prices).machine(config.evaluation.machine)
     place = run.folder.absolute()  # where the run is, or will be
@@ -86,7 +93,7 @@ def make_plan(
         machine_dollars=price.of(seconds) if price else None,
         teacher=teacher,
         memory=tuple(estimate.memory()),
-        disk=estimate.disk(),
+        disk=disk,
         disk_free=shutil.disk_usage(place).free,
         notes=tuple(notes),
     )

@@ -30,9 +30,9 @@ from distill.storage.run_folder import Run, Stage
 from distill.tasks.task import checkable, load_task
 from distill.training.trial import Trial, try_model
 
-COSTLY = frozenset({"generate", "signals", "train", "refine", "evaluate"})  # in money or in time
-READING = frozenset({"signals", "train", "refine"})  # the teacher's distributions, if any
-TRAINING = frozenset({"train", "refine"})
+TRAINING = frozenset({"recipe", "train", "refine"})
+READING = TRAINING | {"signals"}  # the teacher's distributions, if any
+COSTLY = READING | {"generate", "evaluate"}  # in money or in time
 FILES = 48  # beside connections: libraries, the store, the log
 
 
@@ -124,6 +124,10 @@ class Look:
         self.at_devices()
         if "evaluate" in self.ahead:
             self.attempt(self.at_suites)
+        if "recipe" in self.ahead:
+            from distill.planning.search import require_search
+
+            self.attempt(require_search, self.run, "generate" in self.ahead)
         for stage in STAGES:  # what pins it: its corpus, functions of the user's
             if stage.name in self.present:
                 self.attempt(stage.identity, self.config)

@@ -18,6 +18,7 @@ from distill.corpus import corpus as corpus_stage
 from distill.corpus import prompts as prompts_stage
 from distill.corpus.prompts import asked, drawn
 from distill.errors import DistillError, Exit
+from distill.generation.filters import checked_prompts
 from distill.generation.generate import useful_prompts
 from distill.pipeline import STAGES
 from distill.records import SPLITS, Document, Message, Prompt
@@ -69,11 +70,18 @@ class Work(NamedTuple):
     texts: tuple[Sequence[Document], Sequence[Prompt]] | None = None
     pool: int | None = None  # prompts for training to choose from, where they were read
     unasked: int = 0  # validation prompts that the teacher is not asked, and not among the texts
+    checked: Sequence[str] = ()  # the documents of those that a checker can judge
 
     @property
     def all_prompts(self) -> float:
         """Return the prompts of all splits."""
         return sum(self.prompts.values())
+
+
+def origins_of(prompts: Sequence[Prompt], documents: Sequence[Document]) -> list[str]:
+    """Return the original document of each prompt."""
+    parents = {d.id: str(d.meta.get("parent") or d.id) for d in documents}
+    return [parents.get(prompt.document_id, prompt.document_id) for prompt in prompts]
 
 
 def text_of(messages: Sequence[Message]) -> str:
@@ -131,6 +139,7 @@ def _count(run: Run) -> Work:
         texts=(documents, useful),
         unasked=len(prompts) - len(useful),
         pool=len(drawn(run)),
+        checked=origins_of(checked_prompts(run), documents) if config.recipe.mode == "auto" else (),
     )
 
 

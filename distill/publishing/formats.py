@@ -15,7 +15,7 @@ from typing import get_args
 from transformers import AutoConfig, GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from distill.config.tree import Format
+from distill.config.release import Format
 from distill.errors import DistillError, Exit
 from distill.formatting import size
 from distill.models.chat_template import render

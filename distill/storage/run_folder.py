@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
+from distill.config.recipe import tried
 from distill.config.renamed_keys import BEFORE, fields_in, present_path, present_value
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config, place_of, with_values
@@ -75,6 +76,13 @@ class Run:
     def trained(self, name: str) -> Path:
         """Return the path of a file of the last training: of stage `refine`, if there is one."""
         return self.path(f"refined/{name}" if self.config.refines else name)
+
+    def settled(self) -> Config:
+        """Return the config with the settings of training that a search chose, if any did."""
+        path = self.path("recipe.json")
+        if self.config.recipe.mode == "off" or not path.exists():
+            return self.config
+        return tried(self.config, **files.read_json(path)["choice"])
 
     def lock(self) -> AbstractContextManager[None]:
         """Return the lock that writing in the folder needs."""
@@ -169,7 +177,9 @@ class Run:
 
     def work(self, stage: Stage) -> None:
         """Do a stage's work alone; raises DistillError (exit 7) where a GPU's memory runs out."""
+        config = self.config
         try:
+            self.config = self.settled() if stage.name == "train" else config
             stage.main(self)
         except Exception as error:  # torch's own, which is not imported here
             full = "CUDA error: out of memory" in str(error)
@@ -178,6 +188,8 @@ class Run:
             what = f"out of GPU memory: {'. '.join(one_line(error).split('. ')[:2])}"
             fix = f"{stage.smaller}; the same command continues"
             raise DistillError(Exit.TRAINING, f"stage {stage.name}", what, fix) from None
+        finally:
+            self.config = config
 
     def made_with(self, stage: str) -> dict[str, Any]:
         """Return what the manifest says of a stage: its `environment`, and its marker's hash."""
