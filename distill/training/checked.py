@@ -8,6 +8,7 @@ a fixed size are the same bits after a kill.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -100,7 +101,7 @@ def as_merged(student: StudentModel) -> Iterator[PreTrainedModel]:
     layers = getattr(student.decoder(), "layers", ())
     layers = [layer for layer in layers if "forward" in vars(layer)]
     fused = [vars(layer).pop("forward") for layer in layers]
-    attention = model.config._attn_implementation
+    attention: Any = model.config._attn_implementation
 
     def restore() -> None:
         for owner, name, layer in adapted:
@@ -126,7 +127,7 @@ def as_merged(student: StudentModel) -> Iterator[PreTrainedModel]:
 @torch.no_grad()
 def merged(layer: LoraLayer) -> nn.Linear:
     """Return an adapted linear module with the product added in float32, as `load_merged` does."""
-    (a, b, scale), base = factors(layer), layer.base_layer
+    (a, b, scale), base = factors(layer), cast(nn.Linear, layer.base_layer)
     plain = nn.Linear(base.in_features, base.out_features, False, device="meta")
     weight = (base.weight.float() + (b @ a) * scale).to(base.weight.dtype)
     plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), base.bias
