@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from distill import recipe, verify
+from distill.cli import main
 from distill.config.recipe import tried
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config
@@ -86,7 +87,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, Fa
         yield run, teacher
 
 
-def test_a_setting_that_must_win_is_trained_with_and_held_out_against_the_default(searched):
+def test_a_setting_that_must_win_is_trained_with_and_compared_on_held_out(searched, capsys):
     run, teacher = searched
     assert len(teacher.payloads) == 40, "of validation nothing is bought"
     facts = read_json(run.path("recipe.json"))
@@ -105,6 +106,8 @@ def test_a_setting_that_must_win_is_trained_with_and_held_out_against_the_defaul
     assert "chosen among 7 trainings: text-0.02-4" in card and "optimism" in card
     assert run.path("recipe.md").read_text().count("\n| text") == 1
     assert "aria-label" in run.path("recipe.html").read_text()
+    assert main(["recipe", str(run.folder)]) == 0
+    assert "| text-0.02-4 | 1 | 4 | 20 of 20 | +100.0 [" in capsys.readouterr().out
     checks = verify.verify(run.folder)
     assert not verify.failures(checks) and "answers/default.jsonl" in str(checks)
     chosen, config = load_config(run.path("chosen.yaml")), tried(run.config, **facts["choice"])
@@ -236,7 +239,7 @@ def test_what_a_search_cannot_do_is_said_before_it(tmp_path):
 def test_a_search_takes_what_it_needs_for_granted(tmp_path):
     paid = config_of(tmp_path, recipe={"mode": "auto", "dollars": 2})
     assert paid.arms == ("text",) and not paid.captures
-    assert paid.teacher.budget_dollars == 2
+    assert paid.resolved()["teacher"]["budget_dollars"] == "2"
     local = config_of(tmp_path, teacher={"model": "t"})
     assert local.arms == ("text", "reverse_kl", "forward_kl") and local.captures
     assert local.signals.temperatures == (2.0,)

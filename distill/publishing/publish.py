@@ -73,7 +73,7 @@ def main(
     base = load_tokenizer(student.model, student.revision, student.trust)
     released = load_tokenizer(f"{work.resolve()}", trust=student.trust)
     facts = Facts(
-        *(config, name, repository, license),
+        *(run.settled(), name, repository, license),
         terms=verdict.lines(),
         displays=list(dict.fromkeys(o.duties.display for o in owed if o.duties.display)),
         own_template=released.chat_template != base.chat_template,

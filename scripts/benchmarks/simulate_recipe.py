@@ -67,10 +67,12 @@ def shared_part(discordance: float) -> float:
     threshold = stats.norm.ppf(PASSED)
 
     def gap(rho: float) -> float:
-        both = stats.multivariate_normal([0, 0], [[1, rho], [rho, 1]]).cdf([threshold] * 2)
+        covariance: Any = [[1, rho], [rho, 1]]
+        both = stats.multivariate_normal([0, 0], covariance).cdf([threshold] * 2)
         return 2 * (PASSED - float(both)) - discordance
 
-    return float(brentq(gap, 0.0, 0.999))
+    root: Any = brentq(gap, 0.0, 0.999)
+    return float(root)
 
 
 def search(design: Design, rho: float, draw: np.random.Generator) -> dict[str, float]:
@@ -103,16 +105,16 @@ def search(design: Design, rho: float, draw: np.random.Generator) -> dict[str, f
     )
     choice = best = chooser.ranked(passes)[0]
     if best != default:
-        both = [
+        best_SN, default_SN = (
             np.stack([answers(student(t), validation_N[~rungs_N]) for _ in range(design.seeds)])
             for t in (best, default)
-        ]
-        tested = chooser.against_default(*both, np.array(documents)[~rungs_N])
+        )
+        tested = chooser.against_default(best_SN, default_SN, np.array(documents)[~rungs_N])
         choice = best if tested.low is not None and tested.low > 0 else default
     pair = [student(choice), student(default)]
-    scores = [answers(share, heldout_N) for share in pair]
+    chosen_N, default_N = (answers(share, heldout_N) for share in pair)
     certainty = Certainty(samples=400, seed=0)
-    interval = estimate_difference(*scores, range(design.heldout), certainty)
+    interval = estimate_difference(chosen_N, default_N, range(design.heldout), certainty)
     return {
         "lost": (max(truth.values()) - truth[choice]) / error,
         "lost_by_default": (max(truth.values()) - truth[default]) / error,
