@@ -91,8 +91,9 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
         if model in loads:
             return usage_at(loads[model], timings[model], usage)
         elsewhere = model == "teacher" and not teacher.runs_here
-        known = elsewhere or (usage.device == gpu and not loads)
-        return usage if known else usage.model_copy(update={"seconds": 0.0})
+        if elsewhere or (usage.device == gpu and not loads):
+            return usage
+        return usage.model_copy(update={"seconds": 0.0})
 
     requests, costs = [], {}
     for request in read_records(run.path("requests.jsonl"), HeldOutRequest):

@@ -76,24 +76,20 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
         write_records(run.path(f"answers/readings/{name}.jsonl"), losses)
         del responder, ask  # so that one model at a time is in memory
         release_memory()
-    if run.path("recipe/default-last").exists():
-        answer_as_default(run, prompts)
+    if run.path("recipe/default-last").exists():  # a search's default, trained as its winner was
+        responder, _ = student_responder(InnerRun(run, "recipe/default-last"), "default")
+        requests = requests_to(responder, prompts, [limit] * len(prompts))
+        with Ask(responder, store, run) as ask:
+            responses = ask.responses(requests, "default answers")
+            write_records(run.path("answers/default.jsonl"), responses)
+        del responder, ask
+        release_memory()
     answer_with_teacher(run, prompts, suites)
     facts = {"teacher": describe_teacher(config.teacher, config.template_date), **facts}
     models = {model: of_model.tree() for model, of_model in facts.items()}
     write_json(run.path("answers/models.json"), models)
     write_records(run.path("answers/teacher.jsonl"), [pair.response for pair in pairs])
     write_json(run.path("answers/suites.json"), [s.model_dump(mode="json") for s in suites])
-
-
-def answer_as_default(run: Run, prompts: Sequence[Prompt]) -> None:
-    """Let the default of a search, trained as the winner was, answer the held-out prompts."""
-    responder, _ = student_responder(InnerRun(run, "recipe/default-last"), "default")
-    requests = requests_to(responder, prompts, [answer_limit(run.config)] * len(prompts))
-    with Ask(responder, run.config.store_folder() / "responses", run) as ask:
-        write_records(run.path("answers/default.jsonl"), ask.responses(requests, "default answers"))
-    del responder, ask
-    release_memory()
 
 
 def student_responder(run: Run, name: str, trained: bool = True) -> tuple[Here, ModelFacts]:
@@ -206,23 +202,23 @@ def describe_teacher(teacher: Teacher, date: str) -> ModelFacts:
 
 
 def timed(
-    path: Path, model: Here, prompts: Sequence[Prompt], timing: str = "quick", teacher: bool = False
+    path: Path, model: Here, prompts: Sequence[Prompt], level: str = "quick", teacher: bool = False
 ) -> Timing | None:
     """Time a model on some of the prompts, or return what `path` holds, so that a rerun agrees.
 
     None where nothing could be timed. A prefix that successive prompts share is computed once.
     """
-    levels = sorted({min(level, len(prompts)) for level in LOADS[timing] if prompts})
+    levels = sorted({min(many, len(prompts)) for many in LOADS[level] if prompts})
     place, seconds = device(), math.inf  # another engine ends each run that it has begun
     if isinstance(model, LocalResponder):
-        place, seconds = model.network.device, SECONDS[timing]
+        place, seconds = model.network.device, SECONDS[level]
     else:
         model.fresh = True
-    stored = read_records(path, Timing) if path.exists() else []
-    for found in stored:  # but not where a run goes on on another machine, or after an older one
-        at = {load.concurrency for load in found.loads}
-        if found.device == device_name(place) and at and at >= set(levels):
-            return found
+    for old in read_records(path, Timing) if path.exists() else []:
+        at = {load.concurrency for load in old.loads}
+        # but not where a run goes on on another machine, or after an older distill
+        if old.device == device_name(place) and at and at >= set(levels):
+            return old
     if not levels:
         return None
     say(f"{model.model}: timed with {' and '.join(map(str, levels))} at once")
@@ -233,14 +229,14 @@ def timed(
     # The warm-up, at which an engine starts with as many rows as it will need
     measured(model, limited if math.isinf(seconds) else short, levels[-1], 0.0)
     read = measured(model, short, min(HEADLINE, levels[-1]), seconds)
-    runs = [steady(model, limited, at, seconds, timing == "quick") for at in levels]
+    runs = [steady(model, limited, at, seconds, level == "quick") for at in levels]
     loads = tuple(run for run in runs if run)
     if not read or len(loads) < len(runs):
         return None
     reading = {"read_tokens": read.usage.input_tokens, "read_seconds": read.usage.seconds}
-    found = Timing(**reading, device=device_name(place), engine=model.engine, loads=loads)
-    write_records(path, [found])
-    return found
+    timing = Timing(**reading, device=device_name(place), engine=model.engine, loads=loads)
+    write_records(path, [timing])
+    return timing
 
 
 def steady(

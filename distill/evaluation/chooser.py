@@ -74,12 +74,12 @@ def climb(
     A trial of which it says None diverged: it goes no further, and is not returned.
     """
     results = dict[Trial, float]()
-    left = [Trial(loss, rate, 0) for loss in losses for rate in RATES]
+    trials = [Trial(loss, rate, 0) for loss in losses for rate in RATES]
     for number, (epochs, many) in enumerate([(0, 0), *rungs]):
-        rung = [trial._replace(epochs=epochs) for trial in left[:many]] if number else [default]
+        rung = [trial._replace(epochs=epochs) for trial in trials[:many]] if number else [default]
         values = {trial: passes(trial, number) for trial in rung}
         sound = {trial: value for trial, value in values.items() if value is not None}
-        left, results = (ranked(sound) if number else left), results | sound
+        trials, results = (ranked(sound) if number else trials), results | sound
     return results
 
 

@@ -87,8 +87,8 @@ def main(run: Run) -> None:
     answer(run, pairs, suites)
     ask_judge(run, items, read_answers(run, items))
     measure(run, suites, overlap)
-    if found := read_json(run.path("evaluation.json")).get("recipe"):
-        run.note("recipe", {**run.manifest()["recipe"], **found})
+    if recipe := read_json(run.path("evaluation.json")).get("recipe"):
+        run.note("recipe", {**run.manifest()["recipe"], **recipe})
 
 
 def find_overlap(run: Run, items: Sequence[Item], suites: Sequence[Suite] = ()) -> Overlap:

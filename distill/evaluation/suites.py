@@ -22,7 +22,7 @@ from distill.corpus.prompts import ask
 from distill.corpus.readers import Reject, SourceRow, list_files, read_dataset, read_file
 from distill.corpus.rows import interpret
 from distill.errors import DistillError, Exit
-from distill.records import Document, Item, Pair, Record, Response, digest
+from distill.records import Document, Item, Pair, Prompt, Record, Response, digest
 from distill.storage.files import read_records, sha256_file, write_records
 from distill.storage.run_folder import open_run
 from distill.tasks.scoring import answer_limit
@@ -268,13 +268,16 @@ def held_out_items(run: Path) -> tuple[list[Pair], list[Item]]:
         fix = "raise corpus.split.heldout or prompts.heldout"
         raise DistillError(Exit.EVALUATION, path, "no held-out items", fix)
     rows = read_records(documents, Document) if documents.exists() else []
-    parent = {d.id: str(d.meta.get("parent") or d.id) for d in rows}
-    items = []
-    for pair in pairs.values():
-        item = Item.make(pair.prompt)
-        cluster = parent.get(item.cluster, item.cluster)
-        items.append(item.model_copy(update={"cluster": cluster}))
+    prompts = [pair.prompt for pair in pairs.values()]
+    both = zip(prompts, origins_of(prompts, rows), strict=True)
+    items = [Item.make(prompt).model_copy(update={"cluster": origin}) for prompt, origin in both]
     return list(pairs.values()), items
+
+
+def origins_of(prompts: Sequence[Prompt], documents: Sequence[Document]) -> list[str]:
+    """Return the original document of each prompt."""
+    parents = {d.id: str(d.meta.get("parent") or d.id) for d in documents}
+    return [parents.get(prompt.document_id, prompt.document_id) for prompt in prompts]
 
 
 def by_item(items: Sequence[Item], responses: Sequence[Response]) -> dict[str, Response]:

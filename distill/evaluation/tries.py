@@ -31,10 +31,10 @@ def way_to_choose(task: Measured | Task | None, prompt: Prompt) -> str:
     if not compares_with_answer(checker):
         return TEST
     if kind == "python_tests":
-        asked = "\n".join(message.content for message in prompt.messages)
+        question = "\n".join(message.content for message in prompt.messages)
         before, _, code = read_tests(prompt.reference or "").code.rpartition("\n\ncheck(")
-        known = all(line.strip() in asked for line in (before or code).splitlines())
-        return TEST if known else "the tests do not stand in the prompt"
+        visible = all(line.strip() in question for line in (before or code).splitlines())
+        return TEST if visible else "the tests do not stand in the prompt"
     return VOTE if kind in KINDS.keys() - {"includes"} else f"{kind} reads no answer to vote on"
 
 

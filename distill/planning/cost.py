@@ -21,7 +21,7 @@ from distill.generation.generate import question_requests, requests_of, schemas_
 from distill.pipeline import NAMES, STAGES, perform
 from distill.planning.preflight import require
 from distill.planning.work import TextSize, Work, text_of
-from distill.records import Document, Prompt, Record, Response, Usage, digest
+from distill.records import Document, Record, Response, Usage, digest
 from distill.responders.ask import Ask
 from distill.responders.endpoint.budget import Account, account, most_dollars
 from distill.responders.kinds import make_responder
@@ -90,7 +90,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     origin = origin or (origin_of(server) if server else None)
     if work.texts and origin:
         with ResponseStore(config.store_folder() / "responses", writable=False) as store:
-            kinds = _by_request(config, work.teacher, *work.texts, origin, store)
+            kinds = _by_request(config, work, origin, store)
             spent = account(store, {teacher.model: listed}, config.name)
     else:  # from the number and size of prompts alone
         count = work.all_prompts - work.unasked + work.prompts["train"] * (teacher.n - 1)
@@ -136,17 +136,11 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     return cost.model_copy(update={"notes": tuple(_notes(cost, sampled, server, book))})
 
 
-def _by_request(
-    config: Config,
-    prompt: TextSize,
-    documents: Sequence[Document],
-    prompts: Sequence[Prompt],
-    origin: str,
-    store: ResponseStore,
-) -> list[Asking]:
+def _by_request(config: Config, work: Work, origin: str, store: ResponseStore) -> list[Asking]:
     """Return the answers, and the writing of questions, from the requests that the store lacks."""
     teacher, questions, schemas = config.teacher, config.prompts.questions, schemas_of(config)
-    by_id, all_prompts = {document.id: document for document in documents}, list(prompts)
+    documents, (*all_prompts,) = work.texts or ((), ())
+    by_id = {document.id: document for document in documents}
 
     def stored(request: Request) -> bool:
         return ("response", request.id) in store
@@ -156,7 +150,7 @@ def _by_request(
         answered = [request for request in requests if stored(request)]
         sampled = [store.response(r) for r in answered[:: len(answered) // READ + 1]]
         size = TextSize.of([text_of(request.messages) for request in missing]).bytes
-        each = prompt._replace(bytes=size or prompt.bytes)
+        each = work.teacher._replace(bytes=size or work.teacher.bytes)
         return Asking(len(missing) + to_come, each, cap, len(answered), sampled)
 
     if questions is None:
@@ -258,8 +252,8 @@ def pilot(run: Run, count: int) -> str:
                     prompts += written_prompts(settings, document, islice(replies, each))
             requests = requests_of(config.teacher, origin, prompts, documents, schemas_of(config))
             # by the hash of what is asked alone: two teachers get the same questions
-            chosen = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
-            rest = [chosen[key] for key in sorted(chosen)][: max(0, count - answered)]
+            by_key = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
+            rest = [by_key[key] for key in sorted(by_key)][: max(0, count - answered)]
             answered += len(ask.responses(rest, "pilot"))
         say(f"pilot: {answered} answers in the store, {ask.count} of them asked for now")
 

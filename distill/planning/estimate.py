@@ -89,8 +89,9 @@ class RunEstimate:
         self.validated = RETAINED * (work.prompts["validation"] - work.unasked)
         by_checker = config.train.metric_for_best_model == "checker"
         self.checked = work.prompts["validation"] if by_checker else 0.0
-        own = config.train.self_answers
-        self.own_tokens = (own.max_new_tokens or config.teacher.max_new_tokens) if own else 0
+        self.own_tokens = 0
+        if mine := config.train.self_answers:
+            self.own_tokens = mine.max_new_tokens or config.teacher.max_new_tokens
         reader = config.soft_teacher() if config.distributions else None
         self.reader = reader if isinstance(reader, LocalTeacher) else None
         # operations of reading an answer, by a teacher here for its distributions and by the
@@ -194,14 +195,14 @@ class RunEstimate:
         """Count the student's answers: own ones, of which up to `keep` train it again, and those on
         policy, which the teacher reads and the student learns from."""
         prompts, dtype = self.work.prompts["train"], self.config.student.dtype
-        settings, own, texts = self.config.on_policy, self.config.train.self_answers, list[str]()
+        settings, mine, texts = self.config.on_policy, self.config.train.self_answers, list[str]()
         requests, tries, read = settings.rounds * min(settings.prompts, prompts), 0.0, 0.0
         tokens, seconds = 0.0, 3 * settings.rounds * START
-        if own:
-            tries, rows = own.rounds * own.n * prompts, own.keep * prompts
+        if mine:
+            tries, rows = mine.rounds * mine.n * prompts, mine.keep * prompts
             steps, trained, took = self.train(self.trained + rows)
-            tokens, read = own.rounds * (trained or 0), rows * self.taught * self.config.captures
-            seconds += own.rounds * ((took or math.nan) + START)
+            tokens, read = mine.rounds * (trained or 0), rows * self.taught * self.config.captures
+            seconds += mine.rounds * ((took or math.nan) + START)
             texts.append(f"{count(tries)} own answers, then up to {steps} from the base")
         if requests:
             texts.append(f"{settings.rounds} rounds, {count(requests)} answers of the student")

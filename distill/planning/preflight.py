@@ -28,7 +28,7 @@ from distill.storage.files import read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
 from distill.tasks.task import checkable, load_task
-from distill.training.trial import Trial, try_model
+from distill.training.trial import ModelTrial, try_model
 
 TRAINING = frozenset({"recipe", "train", "refine"})
 READING = TRAINING | {"signals"}  # the teacher's distributions, if any
@@ -162,9 +162,11 @@ class Look:
         settings, path = self.config.prompts, self.run.path("prompts.jsonl")
         names = [*settings.tasks, *([QUESTION] if settings.questions else [])] or [PLAIN]
         tasks = {task.name: task for task in map(load_task, names)}
-        made = read_records(path, Prompt) if path.exists() and "prompts" not in self.ahead else []
-        asked = [Prompt.make((), "", name, reference="" if made else "any") for name in tasks]
-        checkable([*made, *asked], tasks.get, "train.self_answers")
+        prompts = (
+            read_records(path, Prompt) if path.exists() and "prompts" not in self.ahead else []
+        )
+        samples = [Prompt.make((), "", name, reference="" if prompts else "any") for name in tasks]
+        checkable([*prompts, *samples], tasks.get, "train.self_answers")
 
     def at_terms(self) -> None:
         """Look whether the answers may train a student, and what its release then owes."""
@@ -194,7 +196,7 @@ class Look:
         use; none is opened without limits before it was tried with them."""
         config, student = self.config, self.config.student
 
-        def look(key: str, trial: Trial) -> None:
+        def look(key: str, trial: ModelTrial) -> None:
             for note in try_model(trial):
                 say(f"{key}: {note}")
             loading.check_model(trial.reference, trial.trust)
@@ -202,12 +204,12 @@ class Look:
         facts = (student.model, student.revision, student.trust, config.template_date)
         targets = config.train.lora.target_modules if self.ahead & TRAINING else "all-linear"
         how = (targets, student.chat_template_kwargs, config.reasoning)
-        sound = self.attempt(look, "student", Trial(*facts, *how))
+        sound = self.attempt(look, "student", ModelTrial(*facts, *how))
         for key, teacher in self.responders(self.present | self.ahead & READING).items():
             self.attempt(identity, teacher, self.config.engines)
             if isinstance(teacher, LocalTeacher):
                 facts = (teacher.model, teacher.revision, SAFE, config.template_date)
-                trial = Trial(*facts, template=teacher.chat_template_kwargs)
+                trial = ModelTrial(*facts, template=teacher.chat_template_kwargs)
                 sound &= self.attempt(look, key, trial)
         if sound and config.distributions and self.ahead & READING:
             from distill.training.soft_labels.labels import open_teacher

@@ -18,6 +18,7 @@ from distill.corpus import corpus as corpus_stage
 from distill.corpus import prompts as prompts_stage
 from distill.corpus.prompts import asked, drawn
 from distill.errors import DistillError, Exit
+from distill.evaluation.suites import origins_of
 from distill.generation.filters import checked_prompts
 from distill.generation.generate import useful_prompts
 from distill.pipeline import STAGES
@@ -76,12 +77,6 @@ class Work(NamedTuple):
     def all_prompts(self) -> float:
         """Return the prompts of all splits."""
         return sum(self.prompts.values())
-
-
-def origins_of(prompts: Sequence[Prompt], documents: Sequence[Document]) -> list[str]:
-    """Return the original document of each prompt."""
-    parents = {d.id: str(d.meta.get("parent") or d.id) for d in documents}
-    return [parents.get(prompt.document_id, prompt.document_id) for prompt in prompts]
 
 
 def text_of(messages: Sequence[Message]) -> str:

@@ -113,9 +113,9 @@ def identifier(text: str, separator: str, also: str = "") -> str:
 
 def license_fields(names: Sequence[str], link: str) -> dict[str, Any]:
     """Return licenses in the Hub's fields; `link` is where one that it does not list stands."""
-    known = [name.lower() for name in names if LICENSES.fullmatch(name.lower())]
-    listed = known + ["other"] * (len(known) < len(names))
-    others = [identifier(name, "-", ".") for name in names if name.lower() not in known]
+    on_hub = [name.lower() for name in names if LICENSES.fullmatch(name.lower())]
+    listed = on_hub + ["other"] * (len(on_hub) < len(names))
+    others = [identifier(name, "-", ".") for name in names if name.lower() not in on_hub]
     return {
         "license": listed if len(listed) > 1 else listed[0],
         "license_name": ", ".join(others) or None,

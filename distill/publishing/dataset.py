@@ -102,13 +102,13 @@ def main(
         raise DistillError(Exit.PUBLISH, "corpus.private_text", what, fix)
     terms = require_terms(config.teacher, config.terms.basis).lines()
     raw = [*answers(run, heldout)]
-    kept = [one for one in raw if not one.row.dropped]
+    retained = [one for one in raw if not one.row.dropped]
     parts: dict[str, list[tuple[str, Record]]] = {
-        "kept": [(one.split, one.row) for one in kept],
+        "kept": [(one.split, one.row) for one in retained],
         "raw": [(one.split, one.row) for one in raw if one.row.origin != "student"],
     }
     if soft_labels:
-        parts["soft_labels"] = [*labels(run, kept)]
+        parts["soft_labels"] = [*labels(run, retained)]
     counts = {part: Counter(split for split, _ in rows) for part, rows in parts.items()}
     with replacing(folder) as work:
         for part, splits in counts.items():
@@ -143,8 +143,8 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
     marks = {(pair.prompt.id, pair.response.id) for pair in train if pair.only_signals}
     rejected = read_records(run.path("dropped.jsonl"), Dropped)
     reasons = {(row.prompt_id, row.response_id): row.reason for row in rejected}
-    own = sorted(run.folder.glob("refined/self-*/dataset/train.jsonl"))[-1:]  # it holds all
-    pairs = read_records(own[0], Pair) if own and config.train.self_answers else []
+    refined = sorted(run.folder.glob("refined/self-*/dataset/train.jsonl"))[-1:]  # it holds all
+    pairs = read_records(refined[0], Pair) if refined and config.train.self_answers else []
     mine = [pair.response for pair in pairs if pair.origin == "student"]
     rows: list[tuple[Origin, Response]] = [("student", response) for response in mine]
     responses = read_records(run.path("responses.jsonl"), Response)
@@ -166,7 +166,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
             masked.update(counts)
             return text
 
-        turns, asked = (
+        turns, question = (
             tuple(Message(role=m.role, content=clean(m.content)) for m in view)
             for view in (prompt.messages, prompt.asked_of_teacher())
         )
@@ -176,7 +176,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
             messages=turns + completion,
             prompt=turns,
             completion=completion,
-            teacher_prompt=asked,
+            teacher_prompt=question,
             reasoning=clean(response.reasoning),
             reference=clean(prompt.reference),
             task=prompt.task,

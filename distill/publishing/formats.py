@@ -65,11 +65,11 @@ def write_files(model: Path, work: Path, name: str, kinds: Sequence[str]) -> lis
     quantize = find_quantize() if "Q4_K_M" in kinds else ""
     files = {kind: work / f"{name}-{kind}.gguf" for kind in kinds}
     full = work / f"{name}-F16.gguf"  # which K-quants are made of
-    made = [*kinds, "F16"] if quantize and "F16" not in kinds else kinds
+    needed = [*kinds, "F16"] if quantize and "F16" not in kinds else kinds
     weights, free = shape_of(f"{model.resolve()}").parameters, shutil.disk_usage(work).free
-    each = ", ".join(f"{kind} {size(BYTES[kind] * weights)}" for kind in made)
+    each = ", ".join(f"{kind} {size(BYTES[kind] * weights)}" for kind in needed)
     say(f"formats: {each}; {size(free)} are free")
-    if sum(BYTES[kind] * weights for kind in made) > free:
+    if sum(BYTES[kind] * weights for kind in needed) > free:
         what = f"{each} are needed, and {size(free)} are free"
         raise DistillError(Exit.STATE, work, what, "free space, or name fewer publish.formats")
     for kind, file in files.items():

@@ -93,7 +93,7 @@ class FileParity(Record):
 
 def findings(rows: Iterable[FileParity], margin: float) -> list[DistillError]:
     """Return what speaks against a file: that it is worse, or does not work."""
-    found = list[DistillError]()
+    errors = list[DistillError]()
     for row in rows:
         if row.verdict == "inferior":
             what = f"is worse than the evaluated student: {row.points()} points of {row.metric}"
@@ -103,8 +103,8 @@ def findings(rows: Iterable[FileParity], margin: float) -> list[DistillError]:
         else:
             continue
         fix = "leave this format out of publish.formats"
-        found.append(DistillError(Exit.PUBLISH, row.file, what, fix))
-    return found
+        errors.append(DistillError(Exit.PUBLISH, row.file, what, fix))
+    return errors
 
 
 class FileResponder:
@@ -225,8 +225,8 @@ class ParityCheck:
         """Tell whether the file's template and tokenizer make our ids of a prompt."""
         messages = [message.model_dump() for message in item.prompt.messages]
         rendered = post(server, "/apply-template", messages=messages).get("prompt")
-        asked = {"content": rendered, "add_special": True, "parse_special": True}
-        ids = post(server, "/tokenize", **asked).get("tokens") if rendered else None
+        body = {"content": rendered, "add_special": True, "parse_special": True}
+        ids = post(server, "/tokenize", **body).get("tokens") if rendered else None
         return ids == self.ids[item.id]
 
     def next_tokens(self, server: EngineServer) -> Iterator[float]:
@@ -237,8 +237,8 @@ class ParityCheck:
         for (ids, answer), logits_TV in zip(self.texts, self.logits, strict=True):
             half = len(logits_TV) // 2
             ours_V: Tensor = logits_TV[half].log_softmax(-1)
-            asked = {"prompt": ids[: answer + half], "max_tokens": 1, "logprobs": TOP}
-            reply = post(server, "/v1/completions", temperature=0, **asked)
+            body = {"prompt": ids[: answer + half], "max_tokens": 1, "logprobs": TOP}
+            reply = post(server, "/v1/completions", temperature=0, **body)
             for choice in reply.get("choices", ()):
                 for place in ((choice.get("logprobs") or {}).get("content") or ())[:1]:
                     for top in place["top_logprobs"]:

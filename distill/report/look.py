@@ -81,7 +81,6 @@ def samples(run: Run, task: str | None, failed: bool, disagree: bool, most: int 
     for model in ORDER:
         rows = read_records(run.path(f"scores/{model}.jsonl"), Score)
         scores[model] = {score.item_id: score for score in rows}
-
     selected = list[Item]()
     for item in items:
         student, teacher = scores["student"].get(item.id), scores["teacher"].get(item.id)
@@ -129,12 +128,8 @@ def chat(run: Run, models: str | None) -> None:
         raise DistillError(Exit.CONFIG, "teacher.kind", f"{teacher.kind} cannot be asked", fix)
     if "teacher" not in names or not isinstance(teacher, EndpointTeacher):
         return talk(names, run)
-    price, cost = (
-        load_prices(run.config.evaluation.prices).teacher(teacher.model),
-        "an unknown price",
-    )
-    if price:
-        cost = f"{price.rates} ({price.date}, {price.source})"
+    price = load_prices(run.config.evaluation.prices).teacher(teacher.model)
+    cost = f"{price.rates} ({price.date}, {price.source})" if price else "an unknown price"
     say(f"the teacher is paid: {teacher.model}, {cost}; what it has answered before costs nothing")
     with run.lock():
         run.do(Stage("chat", (), (), (), partial(talk, names)))

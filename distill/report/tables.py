@@ -100,8 +100,8 @@ def metric_rows(rows: Mapping[str, MetricRow]) -> TextTable:
     lines = []
     for label, row in rows.items():
         ratio, decided = row.gap_recovered, row.conclude("base").verdict != "undecided"
-        known = row.student_minus_base.value is None or decided
-        gap = estimate(ratio.value, ratio.low, ratio.high, share, undecided=not known)
+        sure = row.student_minus_base.value is None or decided
+        gap = estimate(ratio.value, ratio.low, ratio.high, share, undecided=not sure)
         scores = (score(row.mean(model), row.metric) for model in MODELS)
         changes = (change(row, rival) for rival in RIVALS)
         lines.append((label, str(row.n), *scores, *changes, gap))

@@ -35,7 +35,7 @@ UNFIT = {  # for a student
 }
 
 
-class Trial(NamedTuple):
+class ModelTrial(NamedTuple):
     """A model and how it will be used; `targets` of an adapter, where it is to be trained."""
 
     reference: str
@@ -47,7 +47,7 @@ class Trial(NamedTuple):
     reasoning: Reasoning | None = None
 
 
-def try_model(model: Trial) -> list[str]:
+def try_model(model: ModelTrial) -> list[str]:
     """Try a model's config, tokenizer and template, and of a student the adapter too.
 
     Returns notes for the user. Fetches these files where they are not here, and no weights; of a
@@ -74,7 +74,7 @@ def try_model(model: Trial) -> list[str]:
     return reply["notes"]
 
 
-def _in_child(model: Trial, folder: Path | None) -> dict[str, list[Any]]:
+def _in_child(model: ModelTrial, folder: Path | None) -> dict[str, list[Any]]:
     """Return the notes of `_try`, or its error, from a child whose end this process awaits.
 
     The child is a fork, as the libraries are imported here once for all that follows.
@@ -102,7 +102,7 @@ def _in_child(model: Trial, folder: Path | None) -> dict[str, list[Any]]:
         child.join()
 
 
-def _answer(writer: Connection, model: Trial, folder: Path | None) -> None:
+def _answer(writer: Connection, model: ModelTrial, folder: Path | None) -> None:
     """Send what `_try` returns or raises, within seconds and a share of memory, or be ended.
 
     It computes in one thread, since those of OpenMP are not in a fork, and touches no GPU.
@@ -137,7 +137,7 @@ def _answer(writer: Connection, model: Trial, folder: Path | None) -> None:
     writer.send_bytes(json.dumps(reply).encode())
 
 
-def _try(model: Trial, folder: Path | None) -> list[str]:
+def _try(model: ModelTrial, folder: Path | None) -> list[str]:
     """Do what training and answering will do before they compute; return notes for the user."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -16,7 +16,7 @@ from distill.errors import DistillError, Exit
 from distill.models import devices, loading, registry
 from distill.models.chat_template import encode_text
 from distill.models.download import cache_folder
-from distill.training.trial import Trial, try_model
+from distill.training.trial import ModelTrial, try_model
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny, make_tokenizer
 
@@ -184,7 +184,7 @@ def test_code_is_not_needed_where_transformers_has_the_class(copy, name, kind, m
     else:
         assert type(loading.load_model(str(copy))).__name__ == "LlamaForCausalLM"
     assert loading.load_tokenizer(str(copy)).decode([60]) != ""
-    assert "auto_map" in try_model(Trial(str(copy)))[0]
+    assert "auto_map" in try_model(ModelTrial(str(copy)))[0]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_tokenizer_may_be_larger_than_the_embedding(tiny, tmp_path):
     tokenizer.add_tokens(["<late>"])
     error = refused(encode_text, tokenizer, "see <late>")
     assert error.code == Exit.INPUT and "'<late>'" in error.what and "264" in error.what
-    try_model(Trial(str(folder)))
+    try_model(ModelTrial(str(folder)))
 
 
 def test_no_pad_token_is_needed(tiny, tmp_path):
@@ -292,10 +292,10 @@ def test_a_folder_may_have_any_name(tiny, tmp_path, name, monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
     folder = Path(shutil.copytree(tiny, tmp_path / name))
     if name.isprintable() or "\n" in name:
-        assert try_model(Trial(str(folder))) == []
+        assert try_model(ModelTrial(str(folder))) == []
         (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(DistillError, match=r"added_tokens|surrogates") as caught:
-        try_model(Trial(str(folder)))
+        try_model(ModelTrial(str(folder)))
     assert caught.value.code == Exit.TRAINING
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from distill.errors import DistillError, Exit
 from distill.training import trial
-from distill.training.trial import Trial, try_model
+from distill.training.trial import ModelTrial, try_model
 from tests.support.tiny import make_tiny
 
 
@@ -93,7 +93,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def student(folder: Path, targets: str | tuple[str, ...] = "all-linear") -> list[str]:
-    return try_model(Trial(str(folder), targets=targets))
+    return try_model(ModelTrial(str(folder), targets=targets))
 
 
 def refused(folder: Path, targets: str | tuple[str, ...] = "all-linear") -> str:
@@ -119,7 +119,7 @@ def test_a_sound_model_is_tried_once(
 ) -> None:
     """H3: a success is kept by the files' hashes; a change, or other targets, are tried again."""
     folder = Path(shutil.copytree(tiny, tmp_path / "m"))
-    trials, try_it = list[Trial](), trial._in_child
+    trials, try_it = list[ModelTrial](), trial._in_child
     monkeypatch.setattr(trial, "_in_child", lambda *own: (trials.append(own[0]), try_it(*own))[1])
     for _ in range(2):
         assert student(folder) == []
