@@ -12,17 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from distill.economics.costs import NO_TIME, THOUSAND, Tariff
+from distill.evaluation import scorecard
 from distill.evaluation.measurements import Difference
-from distill.evaluation.scorecard import (
-    WAYS,
-    BreakEven,
-    Economics,
-    Rent,
-    Saving,
-    StudentPrice,
-    TeacherPrice,
-    Way,
-)
+from distill.evaluation.scorecard import WAYS, Saving, TeacherPrice, Way
 from distill.evaluation.scorers import SHARE, HeldOutRequest
 from distill.evaluation.statistics import MIN_PAIRED, Bounds, Certainty, Estimate, estimate_mean
 from distill.records import Usage
@@ -63,7 +55,7 @@ def economics(
     certainty: Certainty,
     compared_with: TeacherPrice,
     quality: Difference,
-) -> Economics:
+) -> scorecard.Economics:
     """Compute everything from the held-out requests; whose price it is (`compared_with`) and the
     student's difference to this run's teacher (`quality`) are shown beside the amounts."""
     covered = [request for request in requests if request.test] or list(requests)
@@ -79,12 +71,12 @@ def economics(
     dollars, student_dollars = priced.means()
     facts = {"price": assumed.teacher.described(), "hosted": assumed.teacher.hosted}
     missing = {"distillation_dollars": assumed.why_no_distillation}
-    return Economics(
+    return scorecard.Economics(
         requests=len(covered),
         of=len(requests),
         documents=len({request.cluster for request in covered}),
         teacher=compared_with.model_copy(update={"dollars_per_1k": dollars, **facts}),
-        student=StudentPrice(
+        student=scorecard.StudentPrice(
             dollars_per_1k=student_dollars,
             price=assumed.student.described(),
             utilisation=assumed.student.utilisation,
@@ -193,7 +185,7 @@ class PricedRequests:
             rented = rent.dollars_per_month / month
             yield Change("the student's machine is rented for the whole month", student=rented)
 
-    def month_of_machines(self) -> Rent | None:
+    def month_of_machines(self) -> scorecard.Rent | None:
         """Return how many machines the requests of a month need, their rent, how busy they are."""
         price, dollars = self.assumed.student.price, self.means()[1]
         if not isinstance(price, MachinePrice) or not dollars:
@@ -202,9 +194,10 @@ class PricedRequests:
         month = float(price.of(MONTH_DAYS * DAY_SECONDS))
         needed = self.assumed.requests_per_month * busy / THOUSAND / month
         machines = math.ceil(needed)
-        return Rent(machines=machines, dollars_per_month=machines * month, in_use=needed / machines)
+        rent, in_use = machines * month, needed / machines
+        return scorecard.Rent(machines=machines, dollars_per_month=rent, in_use=in_use)
 
-    def break_even(self, saved: Estimate, requests_per_month: int) -> BreakEven:
+    def break_even(self, saved: Estimate, requests_per_month: int) -> scorecard.BreakEven:
         """Return when `saved`, dollars of 1,000 requests, has paid the distillation back."""
         decided, why = saved.conclude(len(set(self.clusters))), ""
         distillation = self.assumed.distillation
@@ -215,14 +208,15 @@ class PricedRequests:
         elif saved.value <= 0:
             why = "nothing is saved, so the distillation is never paid back"
         if why or distillation is None or saved.value is None:
-            return BreakEven(requests=Estimate.unknown(why), days=Estimate.unknown(why))
+            return scorecard.BreakEven(requests=Estimate.unknown(why), days=Estimate.unknown(why))
         cost = distillation * THOUSAND
         requests = Estimate(
             value=cost / saved.value,
             low=None if saved.high is None else cost / saved.high,
             high=None if saved.low is None else cost / saved.low,
         )
-        return BreakEven(requests=requests, days=requests.scaled(MONTH_DAYS / requests_per_month))
+        days = requests.scaled(MONTH_DAYS / requests_per_month)
+        return scorecard.BreakEven(requests=requests, days=days)
 
 
 def shares_of(

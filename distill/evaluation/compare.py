@@ -11,15 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.errors import DistillError, Exit
+from distill.evaluation import statistics
 from distill.evaluation.scorers import SHARE
-from distill.evaluation.statistics import (
-    across_seeds,
-    conclude,
-    estimate_difference,
-    mcnemar,
-    paired,
-    smallest_visible,
-)
 from distill.evaluation.suites import held_out_items
 from distill.formatting import figure, markdown_table, p_value, signed
 from distill.records import Item, Score
@@ -63,16 +56,16 @@ def row_of(
         np.array([[values.get(i) for i in cluster_of] for values in side], dtype=np.float64)
         for side in (a, b)
     )
-    both_N = paired(a_SN.mean(axis=0), b_SN.mean(axis=0), f"task {task}")
+    both_N = statistics.paired(a_SN.mean(axis=0), b_SN.mean(axis=0), f"task {task}")
     a_SN, b_SN = a_SN[:, both_N], b_SN[:, both_N]
     clusters = np.array(list(cluster_of.values()), dtype=np.object_)[both_N]
     sides = (a_SN.mean(axis=0), b_SN.mean(axis=0), clusters)
     if len(a) == len(b) == 1:
         checked = np.isin(sides[:2], (0, 1)).all()  # agreement has no bounds in the file
-        change = estimate_difference(*sides, bounds=SHARE if checked else None)
+        change = statistics.estimate_difference(*sides, bounds=SHARE if checked else None)
     else:
-        change = across_seeds(a_SN, b_SN, clusters)
-    p, ends = mcnemar(*sides).p, [signed(end, 3) for end in change.ends]
+        change = statistics.across_seeds(a_SN, b_SN, clusters)
+    p, ends = statistics.mcnemar(*sides).p, [signed(end, 3) for end in change.ends]
     return (
         task,
         str(len(clusters)),
@@ -80,9 +73,9 @@ def row_of(
         *(figure(float(side_N.mean()) if len(clusters) else None, 3) for side_N in sides[:2]),
         signed(change.value, 3),
         change.reason or ("unknown" if change.low is None else " to ".join(ends)),
-        figure(smallest_visible(*sides), 3),
+        figure(statistics.smallest_visible(*sides), 3),
         p_value(p),
-        conclude(*change.ends, change.clusters, p).verdict,
+        statistics.conclude(*change.ends, change.clusters, p).verdict,
     )
 
 

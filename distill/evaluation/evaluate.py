@@ -11,19 +11,9 @@ from typing import NamedTuple
 
 from distill.corpus.contamination import KINDS, NOT_FOUND, Match, flag_training, of_item
 from distill.errors import DistillError, Exit
-from distill.evaluation import results
+from distill.evaluation import measurements, results
 from distill.evaluation.judge import ask_judge, read_judge
-from distill.evaluation.measurements import (
-    MODELS,
-    TRIES,
-    Contamination,
-    Difference,
-    EvaluationResult,
-    RecipeResult,
-    Results,
-    Settings,
-    SuiteResult,
-)
+from distill.evaluation.measurements import MODELS, TRIES, Difference
 from distill.evaluation.scorers import (
     SHARE,
     AnswersByModel,
@@ -140,7 +130,7 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
     recipe = measure_recipe(run, clean, answers, certainty)
     write_records(run.path("requests.jsonl"), requests)
     alike = measure_items(clean, answers)
-    evaluation = EvaluationResult(
+    evaluation = measurements.EvaluationResult(
         **dict(measured_items(items, answers, rows, overlap, certainty)),
         models=read_json(run.path("answers/models.json")),
         agreement=results.agreement_of(alike, clean, losses, certainty),
@@ -149,7 +139,7 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
         judge=judge,
         tries=tries,
         recipe=recipe,
-        settings=Settings(
+        settings=measurements.Settings(
             **certainty._asdict(),
             items=len(items),
             documents=len({item.cluster for item in items}),
@@ -165,7 +155,7 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
 
 def measure_recipe(
     run: Run, items: Sequence[Item], answers: AnswersByModel, certainty: Certainty
-) -> RecipeResult | None:
+) -> measurements.RecipeResult | None:
     """Return what a search chose, and how it compares with its default on the held-out items."""
     if run.config.recipe.mode == "off":
         return None
@@ -185,7 +175,7 @@ def measure_recipe(
     row = next(row for row in recipe["ladder"] if row["trial"] == recipe["chosen"])
     validation = Estimate.model_validate(row["difference"])
     sha256 = sha256_file(run.path("dataset/heldout.jsonl"))
-    return RecipeResult(
+    return measurements.RecipeResult(
         **{key: manifest["recipe"][key] for key in ("chosen", "trials", "tokens", "seconds")},
         openings=sum(opened[0] == sha256 for opened in manifest.get("heldout_opened", [])),
         validation=Difference.of(validation),
@@ -194,14 +184,16 @@ def measure_recipe(
     )
 
 
-def measure_suite(run: Run, suite: Suite, certainty: Certainty, overlap: Overlap) -> SuiteResult:
+def measure_suite(
+    run: Run, suite: Suite, certainty: Certainty, overlap: Overlap
+) -> measurements.SuiteResult:
     """Score what was answered to a suite, write items and scores, and return its results."""
     answers = read_answers(run, suite.items, suite.name)
     no_teacher = why_no_teacher(run.config.teacher, suite) or ""
     rows = measure_tasks(suite.items, answers, suite.tasks.get, no_teacher)
     write_scores(run.path("scores") / suite.name, answers, rows, suite.items)
     measured = measured_items(suite.items, answers, rows, overlap, certainty)
-    return SuiteResult.model_validate({**dict(measured), **suite.facts})
+    return measurements.SuiteResult.model_validate({**dict(measured), **suite.facts})
 
 
 def measured_items(
@@ -210,13 +202,13 @@ def measured_items(
     rows: Mapping[str, Measured],
     overlap: Overlap,
     certainty: Certainty,
-) -> Results:
+) -> measurements.Results:
     """Return the results on the items that were not found, and what was found of the others."""
     flagged = {item.id: overlap.matches[item.id] for item in items if item.id in overlap.matches}
     share = [float(item.id in flagged) for item in items]
     rate = estimate_mean(share, [item.cluster for item in items], certainty, SHARE)
     matches = [match for of_item in flagged.values() for match in of_item]
-    contamination = Contamination(
+    contamination = measurements.Contamination(
         n=len(items),
         flagged=len(flagged),
         unsearchable=sum(item.id in overlap.unsearchable for item in items),

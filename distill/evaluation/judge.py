@@ -15,14 +15,8 @@ from distill.config.teachers import Teacher
 from distill.config.tree import Config
 from distill.config.yaml_file import find_config, parse_yaml, read_text
 from distill.errors import DistillError, Exit
-from distill.evaluation.measurements import (
-    RIVALS,
-    Difference,
-    DuelRow,
-    JudgeResult,
-    ProbeResult,
-    ProbeRow,
-)
+from distill.evaluation import measurements
+from distill.evaluation.measurements import RIVALS, Difference, DuelRow
 from distill.evaluation.scorers import SHARE, AnswersByModel
 from distill.evaluation.statistics import Certainty, estimate_mean, mean_or_none
 from distill.records import Item, Message, Response, Score, digest
@@ -147,7 +141,7 @@ def judge(duels: Sequence[Duel], ask: AskJudge, rival: str) -> list[Score]:
     return scores
 
 
-def examined(scores: Sequence[Score]) -> ProbeResult:
+def examined(scores: Sequence[Score]) -> measurements.ProbeResult:
     """Return what a judge made of its probes, and whether it may be used.
 
     At most 5 % of the null and of the injected rivals may win, and half of the null ones must lose.
@@ -155,7 +149,7 @@ def examined(scores: Sequence[Score]) -> ProbeResult:
     rows, judged = {}, list(zip(load_probes(), scores, strict=True))
     for kind in ("null", "injected", "copy"):
         values = [score.value for duel, score in judged if duel.probe == kind]
-        rows[kind] = ProbeRow(
+        rows[kind] = measurements.ProbeRow(
             n=len(values),
             wins=mean_or_none(value == 1 for value in values),
             losses=mean_or_none(value == 0 for value in values),
@@ -169,7 +163,7 @@ def examined(scores: Sequence[Score]) -> ProbeResult:
     for kind, rival in rivals.items():
         if (wins := rows[kind].wins or 0) > MOST_FOOLED:
             reason = f"the judge let {rival} win {wins:.0%} of its probes"
-    return ProbeResult(n=len(scores), **rows, passed=reason is None, reason=reason)
+    return measurements.ProbeResult(n=len(scores), **rows, passed=reason is None, reason=reason)
 
 
 def row_of_duels(duels: Sequence[Duel], scores: Sequence[Score], certainty: Certainty) -> DuelRow:
@@ -225,7 +219,7 @@ def ask_judge(run: Run, items: Sequence[Item], answers: AnswersByModel) -> None:
 
 def read_judge(
     run: Run, items: Sequence[Item], answers: AnswersByModel, certainty: Certainty
-) -> tuple[JudgeResult | None, list[Score]]:
+) -> tuple[measurements.JudgeResult | None, list[Score]]:
     """Return what the stored verdicts on these items say, and those against the teacher.
 
     Nothing without a judge. A judge that failed its probes has no win rates and no verdicts.
@@ -252,10 +246,11 @@ def read_judge(
         warnings = [f"{models} seem to be of one family: it may favour its own"]
         say(f"warning: {warnings[0]}")
     name = settings.model or settings.kind
-    return JudgeResult(model=name, probe=probe, warnings=tuple(warnings), **rows), scores
+    facts = {"model": name, "probe": probe, "warnings": tuple(warnings)}
+    return measurements.JudgeResult.model_validate({**facts, **rows}), scores
 
 
-def probed(config: Config) -> ProbeResult:
+def probed(config: Config) -> measurements.ProbeResult:
     """Put the probes to the judge of a config; raises DistillError (exit 2) without a judge."""
     settings = config.evaluation.judge
     if settings is None:

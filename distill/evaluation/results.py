@@ -10,33 +10,11 @@ from statistics import fmean
 
 import numpy as np
 
-from distill.evaluation.measurements import (
-    MODELS,
-    RIVALS,
-    AnswerLengths,
-    Claim,
-    CountedAgainst,
-    Difference,
-    EvaluationResult,
-    MetricRow,
-    Rank,
-    Results,
-    Sample,
-)
+from distill.evaluation import measurements, statistics
+from distill.evaluation.measurements import MODELS, RIVALS, Difference, MetricRow, Results
 from distill.evaluation.scorecard import Failures, WorstAnswer
 from distill.evaluation.scorers import NO_TEACHER, SHARE, AnswersByModel, Measured
-from distill.evaluation.statistics import (
-    Certainty,
-    Estimate,
-    estimate_difference,
-    estimate_gap_recovered,
-    estimate_mean,
-    mcnemar,
-    mean_or_none,
-    non_inferiority,
-    paired,
-    smallest_visible,
-)
+from distill.evaluation.statistics import Certainty, Estimate, estimate_difference, estimate_mean
 from distill.formatting import clip
 from distill.records import AnswerLoss, Item, Response
 
@@ -54,16 +32,16 @@ def compare(measured: Measured, a: str, b: str, certainty: Certainty) -> Differe
     Paired on the items that both have a score for; stops (exit 8) where those are under 95 %.
     """
     a_N, b_N = measured.array(a), measured.array(b)
-    both_N = paired(a_N, b_N, f"{measured.metric}, {a} against {b}")
+    both_N = statistics.paired(a_N, b_N, f"{measured.metric}, {a} against {b}")
     sides = (a_N[both_N], b_N[both_N], measured.clusters[both_N])
     change = estimate_difference(*sides, certainty, measured.bounds)
-    facts: dict[str, object] = {"smallest_visible": smallest_visible(*sides, certainty)}
+    facts: dict[str, object] = {"smallest_visible": statistics.smallest_visible(*sides, certainty)}
     if facts["smallest_visible"] is None:
         facts["reasons"] = {"smallest_visible": "the items are too few, or do not vary"}
     if measured.yes_or_no:
-        facts["mcnemar"] = mcnemar(*sides)
-        if verdict := non_inferiority(change, certainty.margin):
-            facts["non_inferiority"] = Claim(margin=certainty.margin, verdict=verdict)
+        facts["mcnemar"] = statistics.mcnemar(*sides)
+        if verdict := statistics.non_inferiority(change, certainty.margin):
+            facts["non_inferiority"] = measurements.Claim(margin=certainty.margin, verdict=verdict)
     return Difference.of(change).model_copy(update=facts)
 
 
@@ -115,7 +93,7 @@ def row_of(measured: Measured, certainty: Certainty) -> MetricRow:
             sides = (worst_N, best_N, measured.clusters)
             change = estimate_difference(*sides, certainty, measured.bounds)
             differences[f"student_minus_{rival}"] = Difference.of(change)
-    counted = CountedAgainst(student=fmean(worst_N), **differences)
+    counted = measurements.CountedAgainst(student=fmean(worst_N), **differences)
     return row.model_copy(update={"if_missing_counts_against_student": counted})
 
 
@@ -133,7 +111,9 @@ def gap_recovered(measured: Measured, certainty: Certainty) -> Estimate:
         reason = f"whether teacher and base differ is undecided: {decided.reason}"
         return Estimate(value=None, reason=reason)
     student, teacher, base = scores_3N[:, all_N]
-    return estimate_gap_recovered(student, teacher, base, clusters, certainty, measured.bounds)
+    return statistics.estimate_gap_recovered(
+        student, teacher, base, clusters, certainty, measured.bounds
+    )
 
 
 def pool(rows: Sequence[Measured]) -> Measured | None:
@@ -197,18 +177,20 @@ def agreement_of(
     return rows
 
 
-def answer_lengths(answers: Iterable[Response]) -> AnswerLengths:
+def answer_lengths(answers: Iterable[Response]) -> measurements.AnswerLengths:
     """Return how long a model's answers are, and the shares that were cut off or empty."""
     complete = [a for a in answers if a.stop != "error"]
-    return AnswerLengths(
+    return measurements.AnswerLengths(
         n=len(complete),
-        tokens=mean_or_none(a.usage.output_tokens for a in complete),
-        truncated=mean_or_none(a.stop == "length" for a in complete),
-        empty=mean_or_none(not a.text.strip() for a in complete),
+        tokens=statistics.mean_or_none(a.usage.output_tokens for a in complete),
+        truncated=statistics.mean_or_none(a.stop == "length" for a in complete),
+        empty=statistics.mean_or_none(not a.text.strip() for a in complete),
     )
 
 
-def samples(rows: Iterable[Measured], alike: Measured, answers: AnswersByModel) -> Iterator[Sample]:
+def samples(
+    rows: Iterable[Measured], alike: Measured, answers: AnswersByModel
+) -> Iterator[measurements.Sample]:
     """Yield the student's best, typical and worst answer to each task, with all models' answers.
 
     Ranked by the task's own score, then by likeness to the teacher; typical is the median.
@@ -219,11 +201,15 @@ def samples(rows: Iterable[Measured], alike: Measured, answers: AnswersByModel) 
         ranked = sorted(
             measured.items, key=lambda i: (value.get(i.id) or 0.0, likeness.get(i.id) or 0.0, i.id)
         )
-        places: dict[Rank, int] = {"best": len(ranked) - 1, "typical": len(ranked) // 2, "worst": 0}
+        places: dict[measurements.Rank, int] = {
+            "best": len(ranked) - 1,
+            "typical": len(ranked) // 2,
+            "worst": 0,
+        }
         for rank, place in list(places.items())[: len(ranked)]:
             item = ranked[place]
             scores = {model: by_id[item.id] for model, by_id in measured.scores.items()}
-            yield Sample(
+            yield measurements.Sample(
                 task=item.task,
                 rank=rank,
                 item=item.id,
@@ -238,7 +224,7 @@ def samples(rows: Iterable[Measured], alike: Measured, answers: AnswersByModel) 
             )
 
 
-def failures(samples: Iterable[Sample]) -> Failures:
+def failures(samples: Iterable[measurements.Sample]) -> Failures:
     """Return at most three of the student's worst answers, failed checks first, one a task."""
     worst: dict[bool, list[WorstAnswer]] = {False: [], True: []}
     for sample in samples:
@@ -257,7 +243,7 @@ def failures(samples: Iterable[Sample]) -> Failures:
     return Failures(worst=rows) if rows else Failures(worst=(), reason=NO_FAILURE)
 
 
-def bare(evaluation: EvaluationResult) -> EvaluationResult:
+def bare(evaluation: measurements.EvaluationResult) -> measurements.EvaluationResult:
     """Return an evaluation without what may quote documents: samples, examples, reasons of 0."""
 
     def without(tree: object) -> object:
@@ -265,4 +251,6 @@ def bare(evaluation: EvaluationResult) -> EvaluationResult:
             return {k: without(v) for k, v in tree.items() if k not in ("examples", "failures")}
         return tree
 
-    return EvaluationResult.model_validate(without({**evaluation.tree(), "samples": ()}))
+    return measurements.EvaluationResult.model_validate(
+        without({**evaluation.tree(), "samples": ()})
+    )

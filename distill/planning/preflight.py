@@ -162,9 +162,8 @@ class Look:
         settings, path = self.config.prompts, self.run.path("prompts.jsonl")
         names = [*settings.tasks, *([QUESTION] if settings.questions else [])] or [PLAIN]
         tasks = {task.name: task for task in map(load_task, names)}
-        prompts = (
-            read_records(path, Prompt) if path.exists() and "prompts" not in self.ahead else []
-        )
+        there = path.exists() and "prompts" not in self.ahead
+        prompts = read_records(path, Prompt) if there else []
         samples = [Prompt.make((), "", name, reference="" if prompts else "any") for name in tasks]
         checkable([*prompts, *samples], tasks.get, "train.self_answers")
 

@@ -18,18 +18,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from distill.errors import DistillError, Exit
+from distill.evaluation import statistics
 from distill.evaluation.answering import requests_to
 from distill.evaluation.measurements import Difference
 from distill.evaluation.results import pool
 from distill.evaluation.scorers import SHARE, AnswersByModel, measure_items, measure_tasks
-from distill.evaluation.statistics import (
-    Certainty,
-    Noninferiority,
-    estimate_difference,
-    mean_or_none,
-    non_inferiority,
-    paired,
-)
 from distill.evaluation.suites import answer_limit, by_item, held_out_items
 from distill.formatting import estimate, share, signed
 from distill.models.chat_template import encode_prompt, encode_text
@@ -75,7 +68,7 @@ class FileParity(Record):
     student: float | None = None  # mean score, a share of the largest
     score: float | None = None
     difference: Difference = Difference()  # file - student
-    verdict: Noninferiority | None = None
+    verdict: statistics.Noninferiority | None = None
     reason: str | None = None
 
     @property
@@ -255,17 +248,19 @@ class ParityCheck:
         rows = measure_tasks(items, both, tasks_of_run(self.run.folder))
         row = pool(list(rows.values())) or measure_items(items, both)
         file_N, student_N = (row.array(name) / row.bounds.high for name in ("file", "student"))
-        both_N = paired(file_N, student_N, "the file's answers")
+        both_N = statistics.paired(file_N, student_N, "the file's answers")
         a, b, clusters = file_N[both_N], student_N[both_N], row.clusters[both_N]
-        certainty = Certainty(settings.confidence, settings.bootstrap_samples, config.seed)
-        change = estimate_difference(a, b, clusters, certainty, SHARE)
+        certainty = statistics.Certainty(
+            settings.confidence, settings.bootstrap_samples, config.seed
+        )
+        change = statistics.estimate_difference(a, b, clusters, certainty, SHARE)
         return {
             "metric": row.metric,
             "same_answers": sum(answers[i].text == a.text for i, a in self.student.items()),
-            "student": mean_or_none(b),
-            "score": mean_or_none(a),
+            "student": statistics.mean_or_none(b),
+            "score": statistics.mean_or_none(a),
             "difference": Difference.of(change),
-            "verdict": non_inferiority(change, settings.margin),
+            "verdict": statistics.non_inferiority(change, settings.margin),
         }
 
 
