@@ -21,7 +21,7 @@ from typer.models import ArgumentInfo, OptionInfo
 from distill.errors import DistillError, Exit, exit_code
 from distill.formatting import markdown_table
 from distill.pipeline import CHECKING, STAGES, perform
-from distill.storage.run_folder import Run, Stage, open_run
+from distill.storage.run_folder import Stage, open_run
 
 app = typer.Typer(
     help="Turn a teacher model and a corpus into a small open one, and say what it kept and cost.",
@@ -114,16 +114,6 @@ def run_all(
     show_scorecard(finished.folder)
 
 
-def ask_harness(run: Run, tasks: str, limit: int | None, include_path: Path | None) -> None:
-    """Ask the student tasks of lm-eval, and put what came on the scorecard, if there is one."""
-    from distill.evaluation import lm_eval
-    from distill.report.tables import harness_rows
-
-    print(markdown_table(*harness_rows(lm_eval.main(run, tasks, limit, include_path))))
-    if run.path("scorecard.json").exists():
-        perform(run, STAGES[-1:], STAGES[-1:])
-
-
 def add_stage(stage: Stage) -> None:
     """Give a stage a verb of its own, with the options that it knows."""
 
@@ -140,7 +130,13 @@ def add_stage(stage: Stage) -> None:
     ) -> None:
         run = open_run(config, overrides or ())
         if lm_eval is not None:
-            return ask_harness(run, lm_eval, limit, include_path)
+            from distill.evaluation import lm_eval as harness
+            from distill.report.tables import harness_rows
+
+            print(markdown_table(*harness_rows(harness.main(run, lm_eval, limit, include_path))))
+            if run.path("scorecard.json").exists():  # which then has a row of them
+                perform(run, STAGES[-1:], STAGES[-1:])
+            return
         from distill.api import perform_alone
 
         perform_alone(run, stage, redo, allow_code, unsafe_code, allow_inexact)

@@ -269,8 +269,8 @@ def perform(
 ) -> None:
     """Do what is left of `stages` under the run's lock, once none of them has other settings."""
     engine = partial(_lazy("distill.responders.engines.settled"), "auto", run.config.engines)
-    chosen = {key: engine() for key in run.config.auto_engines}
-    run.config = with_values(run.config, chosen)  # once: a resume elsewhere has the same engine
+    engines = {key: engine() for key in run.config.auto_engines}
+    run.config = with_values(run.config, engines)  # once: a resume elsewhere has the same engine
     with run.lock():
         for stage in stages:
             if stage not in redo and stage.applies(run.config):

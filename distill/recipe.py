@@ -84,8 +84,8 @@ def main(run: Run) -> None:
         "smallest_difference": search.smallest_difference,
         **{"trials": len(rows), "tokens": sum(row["tokens"] for row in rows)},
     }
-    chosen = tried(config, *choice).model_copy(update={"name": f"{config.name[:80]}-chosen"})
-    tree = chosen.model_dump(mode="json", exclude_defaults=True)
+    final = tried(config, *choice).model_copy(update={"name": f"{config.name[:80]}-chosen"})
+    tree = final.model_dump(mode="json", exclude_defaults=True)
     tree["teacher"]["kind"] = config.teacher.kind
     if config.evaluation.judge:
         tree["evaluation"]["judge"]["kind"] = config.evaluation.judge.kind
@@ -103,13 +103,13 @@ def sealed_search(run: Run, origins: Sequence[str]) -> Search:
     """Return the search's list of trials: what the manifest holds, once it has begun."""
     config, noted = run.config, run.manifest().get("recipe", {})
     sections = [part.model_dump(mode="json") for part in (config.recipe, config.train)]
-    asked = digest([*sections, config.student.model, *origins])
-    if noted.get("asked") == asked:
+    question = digest([*sections, config.student.model, *origins])
+    if noted.get("asked") == question:
         return Search.model_validate(noted["search"])
     machine = find_machine(config.evaluation.machine, *types_of(config))
     search = plan_search(config, RunEstimate(config, count_work(run), None, machine), origins)
     assert search
-    run.note("recipe", {"asked": asked, "search": search.model_dump(mode="json")})
+    run.note("recipe", {"asked": question, "search": search.model_dump(mode="json")})
     say(search.line())
     return search
 
@@ -128,9 +128,9 @@ def perform(
     A training that diverged scores 0, and its checkpoints stay.
     """
     name = f"{trial.name}{'-last' * last}{f'-seed-{seed}' * bool(seed)}"
-    config, own = tried(run.config, *trial), run.config.train_seed
-    changes = {"seed": (own + seed) % 2**32, "num_processes": None, "report_to": "none"}
-    settings = config.train.model_copy(update=changes)
+    config = tried(run.config, *trial)
+    seeds = {"seed": (run.config.train_seed + seed) % 2**32}
+    settings = config.train.model_copy(update=seeds)
     inner = InnerRun(run, f"recipe/{name}", train=settings, recipe=config.recipe)
     path = inner.path("result.json")
     if not path.exists():
@@ -169,8 +169,8 @@ def write_pages(run: Run, seconds: Sequence[float | None]) -> None:
     """Write the ladder as a table, recipe.md, and as a plot, recipe.html."""
     recipe, marks = read_json(run.path("recipe.json")), list[plots.Mark]()
     for row in recipe["ladder"]:
-        chosen = row["trial"] == recipe["chosen"]
-        kind = "student" if chosen else "teacher" if row["rung"] else "base"
+        kind = "teacher" if row["rung"] else "base"
+        kind = "student" if row["trial"] == recipe["chosen"] else kind
         marks.append(plots.Mark(kind, 100 * row["passes"] / row["n"], None, None, row["epochs"]))
     values = [mark.value for mark in marks]
     edge = (max(values) - min(values) or 1.0) / 10

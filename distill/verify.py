@@ -219,8 +219,8 @@ def _linked(evidence: RunEvidence, place: Path) -> Run:
 def _why_not_measured(run: Run, suites: Sequence[dict[str, Any]]) -> str | None:
     """Return why stored answers cannot be scored: that needs programs of models, which may not run,
     or a function of the user's."""
-    asked = {item.task for item in held_out_items(run.folder)[1]}
-    rows = [row for name, row in read_json(run.path(TASKS_FILE)).items() if name in asked]
+    tasks = {item.task for item in held_out_items(run.folder)[1]}
+    rows = [row for name, row in read_json(run.path(TASKS_FILE)).items() if name in tasks]
     rows += [part["task"] for suite in suites for part in suite["parts"]]
     kinds = {row["checker"]["kind"] for row in rows if row.get("checker")}
     if unknown := sorted(kinds - KINDS.keys() - PROVIDED["checker"].keys()):

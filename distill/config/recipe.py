@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from distill.config.learning import SOFT, Signals
-from distill.config.teachers import EndpointTeacher, Teacher
+from distill.config.learning import SOFT
 from distill.config.values import Positive, Section
 
 if TYPE_CHECKING:
@@ -33,30 +32,6 @@ class Recipe(Section):
     clock stops it. null tries all."""
     seeds: Annotated[int, Field(ge=2, le=20)] = 3
     """New seeds on which the best trial is compared with `train` as it stands."""
-
-    def arms(self, teacher: Teacher, signals: Signals) -> tuple[Arm, ...]:
-        """Return the losses that are tried, none where there is no search."""
-        full = teacher.logprobs == "full" and signals.method == "nucleus"
-        arms = self.losses or (("text", "reverse_kl", "forward_kl") if full else ("text",))
-        return arms if self.mode == "auto" else ()
-
-    def demands(self, config: "Config") -> dict[str, Any]:
-        """Return the sections that a search needs otherwise; raises ValueError."""
-        if self.mode == "off":
-            return {}
-        teacher, signals, metric = config.teacher, config.signals, "metric_for_best_model"
-        changes: dict[str, Any] = {"train": config.train.model_copy(update={metric: "checker"})}
-        if config.refines:
-            what = "recipe.mode auto compares trainings alone: train.self_answers and on_policy"
-            raise ValueError(f"{what} come after it, with chosen.yaml")
-        if self.dollars and not isinstance(teacher, EndpointTeacher):
-            raise ValueError("recipe.dollars is for a paid teacher: set teacher_tokens, or neither")
-        if self.dollars and not getattr(teacher, "budget_dollars", None):
-            changes["teacher"] = teacher.model_copy(update={"budget_dollars": self.dollars})
-        if "forward_kl" in config.arms and 2.0 not in signals.temperatures:
-            more = {"temperatures": (*signals.temperatures, 2.0)}
-            changes["signals"] = signals.model_copy(update=more)
-        return changes
 
 
 def tried(config: "Config", loss: Arm | None, rate: float | None, epochs: float) -> "Config":

@@ -270,7 +270,9 @@ class Config(Section):
     @property
     def arms(self) -> tuple[Arm, ...]:
         """Return the losses that a search tries, none where there is no search."""
-        return self.recipe.arms(self.soft_teacher(), self.signals)
+        full = self.soft_teacher().logprobs == "full" and self.signals.method == "nucleus"
+        arms = self.recipe.losses or (("text", "reverse_kl", "forward_kl") if full else ("text",))
+        return arms if self.recipe.mode == "auto" else ()
 
     @property
     def distributions(self) -> bool:
@@ -297,7 +299,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _search_has_what_it_needs(self) -> "Config":
-        vars(self).update(self.recipe.demands(self))  # which the resolved config shows
+        if self.recipe.mode == "off":
+            return self
+        dollars, teacher, temperatures = (
+            self.recipe.dollars,
+            self.teacher,
+            self.signals.temperatures,
+        )
+        if self.refines:
+            what = "recipe.mode auto compares trainings alone: train.self_answers and on_policy"
+            raise ValueError(f"{what} come after it, with chosen.yaml")
+        if dollars and not isinstance(teacher, EndpointTeacher):
+            raise ValueError("recipe.dollars is for a paid teacher: set teacher_tokens, or neither")
+        metric = {"metric_for_best_model": "checker"}
+        changes: dict[str, Section] = {"train": self.train.model_copy(update=metric)}
+        if dollars and not getattr(teacher, "budget_dollars", None):
+            changes["teacher"] = teacher.model_copy(update={"budget_dollars": dollars})
+        if "forward_kl" in self.arms and 2.0 not in temperatures:
+            more = {"temperatures": (*temperatures, 2.0)}
+            changes["signals"] = self.signals.model_copy(update=more)
+        vars(self).update(changes)  # which the resolved config shows
         return self
 
     @model_validator(mode="after")
@@ -314,13 +335,13 @@ class Config(Section):
         biased = any(name != "forward_kl" for name in divergences) or loss.temperature != 1
         bodies = self.teacher.extra_body if isinstance(self.teacher, EndpointTeacher) else {}
         listed, local = teacher.logprobs == "listed", "name a local model in signals.model"
-        own = rounds or self.train.self_answers is not None  # answers that no server gave
+        no_server = rounds or self.train.self_answers is not None  # gave some of the answers
         why = ""
         if divergences and sampled and biased:
             why = "signals.method sampled is right for ce and forward_kl at temperature 1 only"
-        elif teacher.logprobs is None or (listed and (own or not self.captures)):
+        elif teacher.logprobs is None or (listed and (no_server or not self.captures)):
             what = "train.loss has soft parts" if loss.soft else "recipe.losses has divergences"
-            what = "train.self_answers adds answers" if own else what
+            what = "train.self_answers adds answers" if no_server else what
             what = "on_policy has rounds" if rounds else what
             why = f"{what}, which a local teacher must read: {local}"
         elif listed and (sampled or signals.temperatures or loss.temperature != 1):

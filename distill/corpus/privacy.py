@@ -30,12 +30,6 @@ def is_email(match: re.Match[str]) -> bool:
     return not (login or EXAMPLES.search(match[1]) or MESSAGE_ID.match(match[0]))
 
 
-def is_example_host(match: re.Match[str]) -> bool:
-    """Tell whether the address that a password is for is an example."""
-    host = HOST.match(match.string, match.end())
-    return host is None or EXAMPLES.search(host[0]) is not None
-
-
 def is_card(match: re.Match[str]) -> bool:
     """Check issuer and Luhn's sum (ISO/IEC 7812)."""
     digits = [int(c) for c in match[0] if c.isdigit()]
@@ -86,7 +80,9 @@ def mask(text: str) -> tuple[str, Counter[str]]:
 
         def replace(match: re.Match[str], form: Form = form) -> str:
             text = match[0]
-            if not form.check(match) or (form.kind == "password" and is_example_host(match)):
+            host = HOST.match(match.string, match.end())
+            example = form.kind == "password" and (host is None or EXAMPLES.search(host[0]))
+            if not form.check(match) or example:  # which the address of a password can be
                 return text
             counts[form.kind] += 1
             if form.kind == "password":  # with the user before it

@@ -96,10 +96,10 @@ def drawn(run: Run) -> list[Prompt]:
     """
     splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
     path = next((p for p in map(run.path, reversed(TRANCHES)) if p.exists()), None)
-    chosen = {prompt.id for prompt in read_records(path, Prompt)} if path else set[str]()
+    selection = {prompt.id for prompt in read_records(path, Prompt)} if path else set[str]()
     prompts = read_records(run.path("prompts.jsonl"), Prompt)
     train = [prompt for prompt in prompts if splits[prompt.document_id] == "train"]
-    return sorted(train, key=lambda p: (p.id not in chosen, digest([run.config.seed, p.id])))
+    return sorted(train, key=lambda p: (p.id not in selection, digest([run.config.seed, p.id])))
 
 
 def asked(run: Run, share: float = 1.0) -> list[Prompt]:

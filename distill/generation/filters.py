@@ -79,8 +79,8 @@ def main(run: Run) -> None:
         Pair(prompt=prompts[response.prompt_id], response=response)
         for response in read_records(run.path("responses.jsonl"), Response)
     ]
-    own = (p for p in pairs if splits[p.prompt.document_id] != "heldout")
-    texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in own)
+    learned = (p for p in pairs if splits[p.prompt.document_id] != "heldout")
+    texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in learned)
     held_out = (p for p in prompts.values() if splits[p.document_id] == "heldout")
     matches = contaminated(texts, held_out)
     settings, keep = run.config.filters, run.config.reasoning == "keep"
@@ -118,11 +118,8 @@ def checked_prompts(run: Run) -> list[Prompt]:
     """Return the validation prompts whose answers a checker can judge, whether the teacher has
     answered or not, but for those that hold something of a held-out prompt."""
     splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
-    prompts = read_records(run.path("prompts.jsonl"), Prompt)
-    mine, find = (
-        [p for p in prompts if splits[p.document_id] == "validation"],
-        tasks_of_run(run.folder),
-    )
+    prompts, find = read_records(run.path("prompts.jsonl"), Prompt), tasks_of_run(run.folder)
+    mine = [p for p in prompts if splits[p.document_id] == "validation"]
     mine = [prompt for prompt in mine if checker_of(find(prompt.task), prompt)]
     texts = ((prompt.id, "\n".join(own_parts(prompt))) for prompt in mine)
     matches = contaminated(texts, (p for p in prompts if splits[p.document_id] == "heldout"))

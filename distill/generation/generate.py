@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any
 
 from distill.config.teachers import EndpointTeacher, Questions, StatedCost, Teacher
-from distill.config.tree import Config
 from distill.corpus.prompts import asked, prompts_for_questions, written_prompts
 from distill.errors import DistillError, Exit
 from distill.models.chat_template import find_turn
@@ -21,7 +20,7 @@ from distill.responders.token_counts import recounted
 from distill.storage.files import read_records, write_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
-from distill.tasks.task import FindTask, checkable, checker_of, load_task, tasks_of_run
+from distill.tasks.task import checkable, checker_of, load_task, tasks_of_run
 
 MOST_MARKED = 0.01  # of the answers; one that speaks of such marks is none of a kind
 
@@ -36,7 +35,7 @@ def main(run: Run) -> None:
     run.note("terms", require_terms(settings, config.terms.basis).facts())
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
     prompts = asked(run)
-    require_turns(config, prompts)
+    require_turns(run, prompts)
     if config.train.self_answers:
         checkable(prompts, tasks_of_run(run.folder), "train.self_answers")
     sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
@@ -53,11 +52,12 @@ def main(run: Run) -> None:
                 questions += written_prompts(writing, document, islice(replies, len(group)))
         write_records(run.path("questions.jsonl"), questions)
         prompts += questions
-        useful = useful_prompts(config, prompts, documents, tasks_of_run(run.folder))
+        useful = useful_prompts(run, prompts, documents)
         if unasked := len(prompts) - len(useful):
             what = "validation prompts are not asked, since the checker alone reads them"
             say(f"generate: {unasked} {what} (train.metric_for_best_model)")
-        requests = requests_of(settings, teacher.origin, useful, documents, schemas_of(config))
+        schemas = schemas_of(settings, config.prompts.tasks)
+        requests = requests_of(settings, teacher.origin, useful, documents, schemas)
         responses = ask.responses(requests, "teacher")
     if settings.paid:
         responses = recounted(responses, requests, settings.model)
@@ -85,28 +85,26 @@ def say_what_is_odd(responses: Sequence[Response]) -> None:
         say(f"warning: {marks} of {len(responses)} answers {what}: look at responses.jsonl")
 
 
-def require_turns(config: Config, prompts: Sequence[Prompt]) -> None:
+def require_turns(run: Run, prompts: Sequence[Prompt]) -> None:
     """Stop where the student's template refuses an order of turns; DistillError (exit 7)."""
     orders = {tuple(message.role for message in p.messages): p.messages for p in prompts}
     if rare := [m for order, m in orders.items() if order not in {("user",), ("system", "user")}]:
-        tokenizer = student_tokenizer(config.student, config.reasoning)
+        tokenizer = student_tokenizer(run.config.student, run.config.reasoning)
         for messages in rare:
-            find_turn(tokenizer, messages, config.template_date)
+            find_turn(tokenizer, messages, run.config.template_date)
 
 
 def useful_prompts(
-    config: Config, prompts: Sequence[Prompt], documents: Mapping[str, Document], find: FindTask
+    run: Run, prompts: Sequence[Prompt], documents: Mapping[str, Document]
 ) -> list[Prompt]:
     """Return the prompts whose answers are of use: all, but for those of validation where answers
     are made, and the checker alone would read them, which reads the student's own."""
-    if config.train.metric_for_best_model != "checker" or not config.teacher.makes_answers:
-        return list(prompts)
-    return [
-        prompt
-        for prompt in prompts
-        if documents[prompt.document_id].split != "validation"
-        or not checker_of(find(prompt.task), prompt)
-    ]
+    if run.config.train.metric_for_best_model == "checker" and run.config.teacher.makes_answers:
+        find, splits = tasks_of_run(run.folder), {name: d.split for name, d in documents.items()}
+        mine = [p for p in prompts if splits[p.document_id] == "validation"]
+        unread = {p.id for p in mine if checker_of(find(p.task), p)}
+        return [prompt for prompt in prompts if prompt.id not in unread]
+    return list(prompts)
 
 
 def requests_of(
@@ -128,12 +126,11 @@ def requests_of(
     return requests
 
 
-def schemas_of(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the JSON Schemas that a teacher is sent with the questions of a task, by its name."""
-    teacher = config.teacher
+def schemas_of(teacher: Teacher, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the JSON Schemas that a teacher is sent with questions, by their task."""
     if not isinstance(teacher, EndpointTeacher) or teacher.response_format == "text":
         return {}
-    tasks = [load_task(name) for name in config.prompts.tasks]
+    tasks = map(load_task, names)
     return {t.name: t.checker["schema"] for t in tasks if t.checker and "schema" in t.checker}
 
 

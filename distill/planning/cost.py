@@ -31,7 +31,6 @@ from distill.responders.store import ResponseStore
 from distill.storage.files import read_records
 from distill.storage.progress import say
 from distill.storage.run_folder import Run, Stage
-from distill.tasks.task import tasks_of_run
 
 ANSWER = 0.5  # of max_new_tokens: 0.35 on the quickstart's documentation, 0.66 on GSM8K's problems
 READ = 1000  # stored answers of a kind that are read
@@ -138,7 +137,8 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
 
 def _by_request(config: Config, work: Work, origin: str, store: ResponseStore) -> list[Asking]:
     """Return the answers, and the writing of questions, from the requests that the store lacks."""
-    teacher, questions, schemas = config.teacher, config.prompts.questions, schemas_of(config)
+    teacher, questions = config.teacher, config.prompts.questions
+    schemas = schemas_of(teacher, config.prompts.tasks)
     documents, (*all_prompts,) = work.texts or ((), ())
     by_id = {document.id: document for document in documents}
 
@@ -235,7 +235,7 @@ def pilot(run: Run, count: int) -> str:
         nonlocal origin
         documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
         prompts = asked(run, 0.25)  # of which it is certain that the run asks them
-        prompts = useful_prompts(config, prompts, documents, tasks_of_run(run.folder))
+        prompts = useful_prompts(run, prompts, documents)
         sources = {prompt.id: documents[prompt.document_id] for prompt in prompts}
         at_once = {"batch": False} if isinstance(config.teacher, EndpointTeacher) else {}
         teacher = make_responder(config.teacher.model_copy(update=at_once), config, sources)
@@ -250,7 +250,8 @@ def pilot(run: Run, count: int) -> str:
                 replies, answered = iter(ask.responses(requests, "pilot")), len(requests)
                 for document in first:
                     prompts += written_prompts(settings, document, islice(replies, each))
-            requests = requests_of(config.teacher, origin, prompts, documents, schemas_of(config))
+            schemas = schemas_of(config.teacher, config.prompts.tasks)
+            requests = requests_of(config.teacher, origin, prompts, documents, schemas)
             # by the hash of what is asked alone: two teachers get the same questions
             by_key = {digest([[m.model_dump() for m in r.messages], r.sample]): r for r in requests}
             rest = [by_key[key] for key in sorted(by_key)][: max(0, count - answered)]

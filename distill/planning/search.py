@@ -34,9 +34,9 @@ class Search(Record):
 
     def line(self) -> str:
         """Say what it can show."""
-        shown = f"{100 * self.smallest_difference:.1f} points"
-        of = f"{self.tested} validation documents that no rung reads"
-        return f"recipe: its test, on {of}, shows differences from {shown} on"
+        test = f"its test, on {self.tested} validation documents that no rung reads"
+        points = f"{100 * self.smallest_difference:.1f} points"
+        return f"recipe: {test}, shows differences from {points} on"
 
 
 def plan_search(
@@ -64,19 +64,19 @@ def plan_search(
         fix = f"take {need} documents or more, or recipe.mode=off"
         raise DistillError(Exit.INPUT, "corpus.split.validation", what, fix)
     answers = sum(first_N) * answer_flops(estimate.student, estimate.prompt, estimate.answer)
-    dtype, own, seconds = config.student.dtype, config.train.num_train_epochs, 0.0
+    dtype, default, seconds = config.student.dtype, config.train.num_train_epochs, 0.0
     epoch = estimate.machine.seconds(answers, dtype, "evaluate")
     epoch += estimate.machine.seconds(estimate.trained * estimate.step, dtype, "train")
     for losses, many in ((config.arms, 3), (config.arms, 2), (config.arms, 1), (("text",), 1)):
         rungs = ladder(len(losses), many)
         trials = sum(size for _, size in rungs) + 2 * recipe.seeds + 2
-        epochs = sum(of * size for of, size in rungs) + 2 * own
-        epochs += recipe.seeds * (max(own, rungs[-1][0]) + own)
+        epochs = sum(of * size for of, size in rungs) + 2 * default
+        epochs += recipe.seeds * (max(default, rungs[-1][0]) + default)
         seconds = epochs * epoch + 2 * START * trials
         if recipe.hours is None or not seconds > 3600 * recipe.hours:
             facts = {"losses": losses, "rungs": rungs, "trials": trials, "tested": tested}
-            known = None if math.isnan(seconds) else round(seconds)
-            facts |= {"smallest_difference": round(smallest, 4), "seconds": known}
+            facts |= {"smallest_difference": round(smallest, 4)}
+            facts |= {"seconds": None if math.isnan(seconds) else round(seconds)}
             return Search.model_validate(facts)
     what = f"the smallest search takes about {duration(seconds)}"
     raise DistillError(Exit.CONFIG, "recipe.hours", what, "raise it, or recipe.mode=off")

@@ -27,7 +27,6 @@ from distill.responders.token_counts import token_counter
 from distill.storage.files import read_records
 from distill.storage.progress import console
 from distill.storage.run_folder import Run
-from distill.tasks.task import tasks_of_run
 
 LARGE = 50_000_000  # bytes of corpus above which it is not read for a plan; a second a megabyte
 HEAD = 1_000_000  # bytes of a large file that are read
@@ -119,7 +118,7 @@ def _count(run: Run) -> Work:
         for split in splits.values():
             counts[split] += questions.per_document
     by_id = {document.id: document for document in documents}
-    useful = useful_prompts(config, prompts, by_id, tasks_of_run(run.folder))
+    useful = useful_prompts(run, prompts, by_id)
     student, teacher = config.student.model, config.teacher.model
     passages = [document.text for document in documents]
     brought = [answer["text"] for document in documents for answer in document.recorded_answers]

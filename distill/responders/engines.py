@@ -61,10 +61,10 @@ def find_engine(engine: Engine, settings: Engines) -> list[str] | None:
     What the config names, else the program on the PATH, else what scripts/engines.sh has made.
     """
     vllm, folder = engine == "vllm", engine_folder(engine)
-    named = (settings.vllm if vllm else settings.llama_cpp).command
+    stated = (settings.vllm if vllm else settings.llama_cpp).command
     program = shutil.which("vllm" if vllm else "llama-server")
-    if named or program:
-        command = shlex.split(named) if named else [f"{program}", *(["serve"] if vllm else [])]
+    if stated or program:
+        command = shlex.split(stated) if stated else [f"{program}", *(["serve"] if vllm else [])]
         return command if vllm else [*command, "--model"]
     if not (folder / "package").is_file():
         return None

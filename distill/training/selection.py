@@ -37,7 +37,7 @@ def main(run: Run) -> None:
     Raises DistillError as asking, filtering, capturing and training do.
     """
     budget, prompts = run.config.prompts.train or 0, read_records(run.path("prompts.jsonl"), Prompt)
-    generate.require_turns(run.config, prompts)
+    generate.require_turns(run, prompts)
     if len(drawn(run)) <= budget:
         say(f"select: all of {len(drawn(run))} prompts are asked, as prompts.train is no less")
         return write_records(run.path(TRANCHES[-1]), prompts)

@@ -221,7 +221,8 @@ def test_a_tasks_schema_is_sent_where_it_is_to_be(tmp_path):
         config = Config.model_validate({**tree, "teacher": teacher})
         for name, expected in (("cities", schema), ("chat", None)):
             prompt = Prompt.make(turns, document.id, name)
-            sources, schemas = {document.id: document}, schemas_of(config)
+            sources = {document.id: document}
+            schemas = schemas_of(config.teacher, config.prompts.tasks)
             (request,) = requests_of(config.teacher, "o", [prompt], sources, schemas)
             assert request.output_schema == expected
 

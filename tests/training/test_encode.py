@@ -117,9 +117,9 @@ def test_an_order_of_turns_that_the_student_refuses_stops_before_anything_is_bou
     run = make_run(tmp_path, student={"model": str(folder)})
     pair = make_pair("q", "a")
     twice = (*pair.prompt.messages, *pair.prompt.messages)
-    require_turns(run.config, [pair.prompt])
+    require_turns(run, [pair.prompt])
     with pytest.raises(DistillError, match="roles must alternate") as error:
-        require_turns(run.config, [pair.prompt.model_copy(update={"messages": twice})])
+        require_turns(run, [pair.prompt.model_copy(update={"messages": twice})])
     assert error.value.code == Exit.TRAINING and str(folder) in error.value.where
 
 

@@ -10,7 +10,6 @@ one by one are, under the same keys, and what a job leaves unanswered is asked a
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
 from decimal import Decimal
 from functools import partial
 
@@ -98,7 +97,15 @@ class BatchClient(EndpointClient):
                     sendings.append(Sending(request, number, body, most))
                 if sendings:
                     del self.queue[: len(sendings)]
-                    return await self._recorded(sendings)
+                    requests = [(s.request.key, s.request.sample, s.number) for s in sendings]
+                    facts = {"model": self.settings.model, "run": self.run, "requests": requests}
+                    facts["address"] = self.settings.base_urls[0]
+                    job = Job.model_validate({"id": digest(facts), **facts})
+                    intents = [
+                        ("intent", s.key, self._intent(s) | {"batch": job.id}) for s in sendings
+                    ]
+                    await self.writer.write(("batch", job.id, facts), *intents)
+                    return job, dict(zip(job.custom_ids, sendings, strict=True)), True
                 # where the budget holds no further request, what is in flight is waited for first
                 if not self.running and over is not None:
                     self._halt(self.budget.beyond(over))
@@ -106,19 +113,6 @@ class BatchClient(EndpointClient):
                 self.idle.clear()
                 await self.idle.wait()
         return None
-
-    async def _recorded(self, sendings: Sequence[Sending]) -> tuple[Job, Sendings, bool]:
-        """Record a new job with the intents of its requests."""
-        body = {
-            "model": self.settings.model,
-            "run": self.run,
-            "address": self.settings.base_urls[0],
-            "requests": [(s.request.key, s.request.sample, s.number) for s in sendings],
-        }
-        job = Job.model_validate({"id": digest(body), **body})
-        intents = [("intent", s.key, self._intent(s) | {"batch": job.id}) for s in sendings]
-        await self.writer.write(("batch", job.id, body), *intents)
-        return job, dict(zip(job.custom_ids, sendings, strict=True)), True
 
     def _reopened(self, job: Job) -> tuple[Job, Sendings, bool]:
         """Return a job of an earlier process; what it may still cost is set aside again."""
