@@ -91,7 +91,19 @@ def request_cost(
     else:
         reasons["per_million"] = CONTRADICTED
     if timing and usages and not tariff.hosted:
-        loads = tuple(load_cost(usages, tariff, timing, load) for load in timing.loads)
+        for load in timing.loads:
+            took = sum(usage_at(load, timing, usage).seconds for usage in usages)
+            each = took / requests * THOUSAND
+            at_load = RequestCost(
+                requests=load.requests,
+                concurrency=load.concurrency,
+                repeats=load.repeats,
+                seconds_per_1k=each,
+                range_per_1k=(each * load.range[0], each * load.range[1]),
+                dollars_per_1k=tariff.of_seconds(each),
+                output_tokens_per_second=outputs / took,
+            )
+            loads += (at_load,)
     return RequestCost(
         requests=requests,
         input_tokens=inputs / requests if requests else None,
@@ -111,21 +123,6 @@ def usage_at(load: Load, timing: Timing, usage: Usage) -> Usage:
     reading, writing = reading_and_writing([load.usage], timing) or (0.0, load.pace)
     seconds = usage.input_tokens * reading + usage.output_tokens * writing
     return usage.model_copy(update={"seconds": seconds})
-
-
-def load_cost(usages: Sequence[Usage], tariff: Tariff, timing: Timing, load: Load) -> RequestCost:
-    """Price 1,000 requests like these, which are not none, at a load."""
-    seconds = sum(usage_at(load, timing, usage).seconds for usage in usages)
-    each = seconds / len(usages) * THOUSAND
-    return RequestCost(
-        requests=load.requests,
-        concurrency=load.concurrency,
-        repeats=load.repeats,
-        seconds_per_1k=each,
-        range_per_1k=(each * load.range[0], each * load.range[1]),
-        dollars_per_1k=tariff.of_seconds(each),
-        output_tokens_per_second=sum(usage.output_tokens for usage in usages) / seconds,
-    )
 
 
 def reading_and_writing(usages: Sequence[Usage], timing: Timing) -> tuple[float, float] | None:

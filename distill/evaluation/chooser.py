@@ -13,16 +13,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from distill.config.recipe import Arm
-from distill.evaluation.statistics import (
-    POWER,
-    Bounds,
-    Certainty,
-    Clusters,
-    Estimate,
-    Floats,
-    across_seeds,
-    estimate_difference,
-)
+from distill.evaluation import statistics
+from distill.evaluation.statistics import Bounds, Certainty, Clusters, Estimate, Floats
 from distill.records import digest
 
 RATES, EPOCHS = (1e-4, 2e-4, 4e-4, 8e-4), (1, 3, 6)
@@ -86,15 +78,15 @@ def climb(
 def against_default(best_SN: Floats, default_SN: Floats, documents: Clusters) -> Estimate:
     """Estimate best - default over new seeds; best wins where the low end is above 0."""
     certainty, shares = Certainty(2 * ONE_SIDED - 1), Bounds(0.0, 1.0)
-    difference = across_seeds(best_SN, default_SN, documents, certainty)
+    difference = statistics.across_seeds(best_SN, default_SN, documents, certainty)
     if difference.value is None:  # nothing varies: all items agree, or too few are there
         means = (best_SN.mean(axis=0), default_SN.mean(axis=0))
-        difference = estimate_difference(*means, documents, certainty, shares)
+        difference = statistics.estimate_difference(*means, documents, certainty, shares)
     return difference
 
 
 def smallest_difference(documents: int) -> float:
     """Return the true difference that the test shows with POWER over so many documents of one item
     (Bloom 1995, Evaluation Review 19:547); seeds that differ make it larger."""
-    quantiles = stats.t.ppf([ONE_SIDED, POWER], max(1, documents - 1))
+    quantiles = stats.t.ppf([ONE_SIDED, statistics.POWER], max(1, documents - 1))
     return min(1.0, float(quantiles.sum() * np.sqrt(DISCORDANCE / max(1, documents))))

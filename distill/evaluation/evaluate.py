@@ -11,32 +11,17 @@ from typing import NamedTuple
 
 from distill.corpus.contamination import KINDS, NOT_FOUND, Match, flag_training, of_item
 from distill.errors import DistillError, Exit
-from distill.evaluation import measurements, results
+from distill.evaluation import measurements, results, scorers
 from distill.evaluation.judge import ask_judge, read_judge
 from distill.evaluation.measurements import MODELS, TRIES, Difference
-from distill.evaluation.scorers import (
-    SHARE,
-    AnswersByModel,
-    Measured,
-    measure_items,
-    measure_tasks,
-    requests_of,
-    write_scores,
-)
+from distill.evaluation.scorers import SHARE, AnswersByModel, Measured
 from distill.evaluation.statistics import Certainty, Estimate, estimate_difference, estimate_mean
-from distill.evaluation.suites import (
-    Suite,
-    answer_limit,
-    by_item,
-    held_out_items,
-    load_suites,
-    why_no_teacher,
-)
+from distill.evaluation.suites import Suite, by_item, held_out_items, load_suites, why_no_teacher
 from distill.evaluation.tries import choose, tries_result
 from distill.records import AnswerLoss, Document, Item, Pair, Response
 from distill.storage.files import read_json, read_records, sha256_file, write_json, write_records
 from distill.storage.run_folder import Run
-from distill.tasks.scoring import score_answer
+from distill.tasks.scoring import answer_limit, score_answer
 from distill.tasks.task import checker_of, tasks_of_run
 
 EXAMPLES = 5  # of matches in evaluation.json
@@ -112,8 +97,8 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
     certainty = Certainty(
         settings.confidence, settings.bootstrap_samples, config.seed, settings.margin
     )
-    rows = measure_tasks(items, answers, tasks_of_run(run.folder))
-    write_scores(run.path("scores"), answers, rows)
+    rows = scorers.measure_tasks(items, answers, tasks_of_run(run.folder))
+    scorers.write_scores(run.path("scores"), answers, rows)
     clean, clean_rows = overlap.without(items), overlap.clean(rows)
     losses = {}
     for model in ("base", "student"):
@@ -124,12 +109,13 @@ def measure(run: Run, suites: Sequence[Suite], overlap: Overlap) -> None:
     if settings.tries:
         by_try = read_records(run.path("answers/tries.jsonl"), Response)
         of_tries, choices = choose(rows, by_try)
-        write_scores(run.path("scores"), [TRIES], of_tries)
+        scorers.write_scores(run.path("scores"), [TRIES], of_tries)
         tries = tries_result(settings.tries, overlap.clean(of_tries), certainty)
-    requests = requests_of(clean, {**answers, TRIES: choices}, clean_rows.values(), verdicts)
+    with_tries = {**answers, TRIES: choices}
+    requests = scorers.requests_of(clean, with_tries, clean_rows.values(), verdicts)
     recipe = measure_recipe(run, clean, answers, certainty)
     write_records(run.path("requests.jsonl"), requests)
-    alike = measure_items(clean, answers)
+    alike = scorers.measure_items(clean, answers)
     evaluation = measurements.EvaluationResult(
         **dict(measured_items(items, answers, rows, overlap, certainty)),
         models=read_json(run.path("answers/models.json")),
@@ -190,8 +176,8 @@ def measure_suite(
     """Score what was answered to a suite, write items and scores, and return its results."""
     answers = read_answers(run, suite.items, suite.name)
     no_teacher = why_no_teacher(run.config.teacher, suite) or ""
-    rows = measure_tasks(suite.items, answers, suite.tasks.get, no_teacher)
-    write_scores(run.path("scores") / suite.name, answers, rows, suite.items)
+    rows = scorers.measure_tasks(suite.items, answers, suite.tasks.get, no_teacher)
+    scorers.write_scores(run.path("scores") / suite.name, answers, rows, suite.items)
     measured = measured_items(suite.items, answers, rows, overlap, certainty)
     return measurements.SuiteResult.model_validate({**dict(measured), **suite.facts})
 

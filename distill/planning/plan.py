@@ -157,30 +157,30 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
     """
     config, again = run.config, tuple(redo)
     try:
-        left = {stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"}
-        if left <= {"filter", "report"}:
+        to_do = {stage.name for stage in STAGES if stage in again or run.state(stage)[0] != "done"}
+        if to_do <= {"filter", "report"}:
             return
         work, here = count_work(run, QUICK), measure(types_of(config), MOMENT)
         # Not what the store has: the account of a store of a million answers takes minutes.
         plan = make_plan(run, machine=here, work=work._replace(texts=None))
     except UNPREDICTABLE:
         return
-    if "train" in left:
+    if "train" in to_do:
         require_length(config, work)
     disk, free = plan.disk, plan.disk_free  # without these parts of it nothing is trained
-    needed = disk["checkpoints"] + disk["merged"] if "train" in left else 0.0
-    needed += disk.get("soft labels", 0.0) if "signals" in left else 0.0
+    needed = disk["checkpoints"] + disk["merged"] if "train" in to_do else 0.0
+    needed += disk.get("soft labels", 0.0) if "signals" in to_do else 0.0
     if needed > free:
         each = ", ".join(f"{what} {size(amount)}" for what, amount in disk.items() if amount)
         what = f"needs about {size(needed)}, and {size(free)} are free ({each})"
         fix = "free space, or name another disk: runs=DIR"
         raise DistillError(Exit.STATE, run.folder, what, fix)
-    for row in (row for row in plan.memory if row.stage in left and not row.fits):
+    for row in (row for row in plan.memory if row.stage in to_do and not row.fits):
         if row.room is not None and row.parts["weights"] > row.room:
             fix = "take a smaller model or a larger machine; distill plan shows each stage"
             raise DistillError(Exit.TRAINING, row.stage, row.line(), fix)
         say(f"run: {'; '.join([row.line(), *here.notes])}")
-    stages = [row for row in plan.stages if row.stage in left]
+    stages = [row for row in plan.stages if row.stage in to_do]
     seconds = sum(row.seconds or 0.0 for row in stages)
     if seconds >= SHORT:
         long = [row for row in stages if row.seconds is None or row.seconds >= 5]

@@ -21,13 +21,7 @@ from distill.evaluation.scorecard import Funnel
 from distill.formatting import one_line
 from distill.generation.filters import Dropped
 from distill.models.registry import hub_id, is_folder
-from distill.publishing.card import (
-    card_text,
-    corpus_name,
-    hub_dataset,
-    license_fields,
-    teacher_name,
-)
+from distill.publishing import card
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
 from distill.records import Document, Message, Origin, Pair, Prompt, Record, Response, Stop
@@ -229,10 +223,10 @@ def make_card(
 ) -> DatasetCard:
     """Write the card; `counts` are the rows by config and split."""
     config, licenses = run.config, sorted({one.row.license for one in raw})
-    name, hub = repository or f"OWNER/{config.name}", hub_dataset(config.corpus)
+    name, hub = repository or f"OWNER/{config.name}", card.hub_dataset(config.corpus)
     data = DatasetCardData(
         language=one_line(config.publish.language) or None,
-        **license_fields(licenses, "README.md"),
+        **card.license_fields(licenses, "README.md"),
         task_categories=["text-generation"],
         source_datasets=[hub] if hub else None,
         pretty_name=name.split("/")[1],
@@ -246,16 +240,16 @@ def make_card(
             for part, splits in counts.items()
         ],
     )
-    text = card_text(
+    text = card.card_text(
         "dataset.md.j2",
         data,
         repository=name,
         config=config,
-        corpus=corpus_name(config.corpus),
+        corpus=card.corpus_name(config.corpus),
         hub=hub,
-        teacher=teacher_name(config.teacher),
+        teacher=card.teacher_name(config.teacher),
         student=hub_id(config.student.model) or Path(config.student.model).name,
-        reader=teacher_name(config.soft_teacher()),
+        reader=card.teacher_name(config.soft_teacher()),
         licenses=licenses,
         counts=counts,
         own=Counter(one.row.origin for one in raw)["student"],

@@ -28,15 +28,9 @@ from distill.formatting import estimate, share, signed
 from distill.models.chat_template import encode_prompt, encode_text
 from distill.models.loading import context_length, load_model, load_tokenizer, read_by_library
 from distill.records import Item, Record, Response, digest
+from distill.responders import engines
 from distill.responders.ask import Ask
-from distill.responders.engines import (
-    BY_SCRIPT,
-    UNCUT,
-    EngineServer,
-    context_for,
-    engine_version,
-    find_engine,
-)
+from distill.responders.engines import BY_SCRIPT, UNCUT, EngineServer
 from distill.responders.responder import Raw, Request
 from distill.storage.files import read_json, read_records, sha256_file
 from distill.storage.progress import say
@@ -119,13 +113,13 @@ def measure(
     `old` is the last release's parity.json. Without llama.cpp nothing is measured. The items
     `left_out`, which stand in the training data, are not scored.
     """
-    command = find_engine("llama.cpp", run.config.engines)
+    command = engines.find_engine("llama.cpp", run.config.engines)
     if command is None:
         return [FileParity(file=f.name, sha256=sha256_file(f), reason=NO_RUNNER) for f in files]
     last, rows, check = list[FileParity](), list[FileParity](), None
     with suppress(DistillError, TypeError, ValidationError):  # missing or damaged: all is measured
         last = [FileParity.model_validate(row) for row in read_json(old)]
-    runner = f"llama.cpp {engine_version(tuple(command))}"
+    runner = f"llama.cpp {engines.engine_version(tuple(command))}"
     basis = {
         "runner": runner,
         "answers": sha256_file(run.path("answers/student.jsonl")),
@@ -179,7 +173,7 @@ class ParityCheck:
         facts = self.read_back(file)
         limit = answer_limit(self.run.config)
         longest = max(map(len, self.ids.values())) + limit
-        context = context_for(longest, self.most)
+        context = engines.context_for(longest, self.most)
         server = EngineServer("llama.cpp", self.command, file, file.stem, PARALLEL, context)
         try:
             facts["prompts"] = len(self.items)
