@@ -15,7 +15,10 @@ from distill.responders.prices import MachinePrice, TokenPrice
 
 THOUSAND, MILLION = 1000, 1_000_000
 ASKING = ("select", "generate")  # in which the teacher answers
-DISTILLATION = ("corpus", "prompts", *ASKING, "filter", "signals", "train", "evaluate")
+DISTILLATION = (  # all stages but the report
+    *("corpus", "prompts", *ASKING, "filter", "signals"),
+    *("recipe", "train", "refine", "evaluate"),
+)
 NO_TIME = "not all answers were timed in this run, on its own device"
 NOT_APART = "reading the prompts was not timed apart"
 CONTRADICTED = (

@@ -7,12 +7,14 @@ import pytest
 
 from distill.economics.costs import (
     CONTRADICTED,
+    DISTILLATION,
     NO_TIME,
     NOT_APART,
     Tariff,
     distillation_cost,
     request_cost,
 )
+from distill.pipeline import STAGES
 from distill.records import LedgerEntry, Timing, Usage
 from distill.responders.prices import MachinePrice, TokenPrice
 
@@ -29,6 +31,10 @@ TIMING = Timing(requests=4, output_tokens=200, seconds=20, read_tokens=1000, rea
 
 def entry(stage: str, seconds: float, dollars: Decimal | None = None) -> LedgerEntry:
     return LedgerEntry(stage=stage, started="t", seconds=seconds, dollars=dollars, output_tokens=5)
+
+
+def test_the_cost_of_a_distillation_is_that_of_every_stage_but_the_report() -> None:
+    assert [*DISTILLATION, "report"] == [stage.name for stage in STAGES]
 
 
 def test_a_request_on_a_machine_costs_its_share_of_the_batch() -> None:
