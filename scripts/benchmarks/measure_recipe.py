@@ -56,21 +56,23 @@ class Arm(NamedTuple):
     """What one arm does otherwise than configs/gsm8k.yaml."""
 
     settings: Sequence[str] = ()
-    teacher: str = "greedy"  # whose answers of data/gsm8k are trained on
+    teacher: str = "greedy"  # answers of data/gsm8k that are trained on; `asked` asks the teacher
     tries: int = 1
     temperature: float = 0.0
     steps_of: str | None = None  # trains as many steps as that arm with the same seed
 
 
-def student(folder: Path, arm: Arm, seed: int, steps: int | None) -> Run:
+def student(folder: Path, corpus: Path, arm: Arm, seed: int, steps: int | None) -> Run:
     """Return the run of an arm and seed, trained, or what is left of that done now.
 
     Arms that are trained alike share it, whatever measure they are of.
     """
-    path = ROOT / "data/gsm8k" / TEACHERS[arm.teacher]
-    words = [*RECORDED, f"corpus.path={path}", "prompts.heldout=0", *arm.settings]
+    path, words = corpus, list[str]()
+    if arm.teacher in TEACHERS:
+        path, words = ROOT / "data/gsm8k" / TEACHERS[arm.teacher], [*RECORDED]
+    words += [f"corpus.path={path}", "prompts.heldout=0", *arm.settings]
     words += [f"train.max_steps={steps}"] if steps else []
-    name = f"{digest([path.name, arm.settings, steps])[:8]}-{seed}"
+    name = f"{digest([arm.teacher, arm.settings, steps])[:8]}-{seed}"
     run = open_run(CONFIG, [*words, f"runs={folder}", f"name={name}", f"train.seed={seed}"])
     names = [stage.name for stage in STAGES]
     perform(run, STAGES[: names.index("evaluate")])
@@ -222,6 +224,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="of the measure's; all by default")
     parser.add_argument("--arms", nargs="+", help="of the measure's; all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipe"))
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("train.jsonl"), help="GSM8K's, for teachers asked anew"
+    )
     asked = parser.parse_args()
     measure = criteria["measures"][asked.measure]
     file = read_json(asked.json) if asked.json.exists() else {"arms": {}}
@@ -241,7 +246,7 @@ def main() -> None:
                     say(f"{name}: waits for {arm.steps_of}, seed {seed}")
                     continue
                 steps = other["training"]["rounds"][-1]["steps"]
-            run = student(asked.runs, arm, seed, steps)
+            run = student(asked.runs, asked.corpus, arm, seed, steps)
             prompts = problems(run, measure["items"])
             ids = digest([prompt.id for prompt in prompts])
             if ids != criteria["sets"].get(measure["items"]):
