@@ -108,7 +108,7 @@ def cache_bytes(model: "Shape", width: int = 2) -> int:
 
 def logit_rows(budget: Mapping[str, int], width: int, vocabulary: int, kind: str) -> int:
     """Return the rows of logits, in numbers of `width` bytes, within a budget of bytes."""
-    return max(1, budget[kind] // (width * vocabulary))
+    return max(1, budget["cpu" if kind == "cpu" else "cuda"] // (width * vocabulary))
 
 
 def capture_bytes(

@@ -4,7 +4,6 @@ Tensors on `meta` stand for those on a GPU: the code asks only whether a device 
 waits for a GPU (`item`, `tolist`, a mask as an index) raises there.
 """
 
-import dataclasses
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,7 @@ from distill.models.arithmetic import (
 from distill.pipeline import STAGES
 from distill.responders.local.local_model import sample_ids, seeded
 from distill.storage.run_folder import differences
-from distill.training import adapters, attention, checkpoint, prepare, student, train
+from distill.training import adapters, attention, prepare, student, train
 from distill.training.losses import Live, cross_entropy, soft_loss
 from distill.training.soft_labels import capture
 from distill.training.soft_labels.cache import Signal
@@ -223,21 +222,6 @@ def test_another_cpu_or_count_of_threads_stops_a_run_that_goes_on(
     with pytest.raises(DistillError, match=r"processor was .*, is another CPU") as error:
         train.main(run)
     assert error.value.code == Exit.TRAINING
-    monkeypatch.setattr(
-        checkpoint, "read", lambda folder, real=checkpoint.read: earlier(real(folder))
-    )
-    train.main(run)
-    assert not training(run)["notes"], "a checkpoint of an earlier distill says nothing of it"
-
-
-def earlier(saved: Any) -> Any:
-    """Return a checkpoint that does not say what it ran on."""
-    facts = {
-        key: value
-        for key, value in saved.facts["run"].items()
-        if key not in ("processor", "instructions", "threads")
-    }
-    return dataclasses.replace(saved, facts={**saved.facts, "run": facts})
 
 
 def test_a_live_teacher_is_counted_in_its_own_type(
