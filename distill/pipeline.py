@@ -121,7 +121,7 @@ SIGNAL_KEYS = (
     *("train.max_length", "template_date"),
 )
 TRAIN_KEYS = tuple(f"train.{key}" for key in Train.model_fields if key != "self_answers")
-SEARCH_KEYS = tuple(f"recipe.{key}" for key in ("mode", "losses", "hours", "seeds"))
+SEARCH_KEYS = ("recipe.mode", "recipe.hours", "recipe.seeds")
 MORE_MEMORY = "lower train.micro_batch_tokens, or set train.gradient_checkpointing: true"
 
 STAGES: tuple[Stage, ...] = (
@@ -200,7 +200,7 @@ STAGES: tuple[Stage, ...] = (
         ("documents.jsonl", *DATASET[:2], "signals.json", CHECKED),
         ("recipe", "recipe.json", "chosen.yaml", "recipe.md", "recipe.html"),
         _lazy("distill.recipe.main"),
-        train_identity,
+        lambda c: {**train_identity(c), "losses of the trials": " ".join(c.arms)},
         purpose="try settings of the training by what the student's answers score, and show them",
         smaller=MORE_MEMORY,
         applies=lambda config: config.recipe.mode == "auto",
@@ -276,7 +276,7 @@ def perform(
             if stage not in redo and stage.applies(run.config):
                 run.checked_state(stage)
         path = run.path("config.json")
-        text = as_json({**run.config.resolved(), **place_of(run.folder)})
+        text = as_json({**run.config.user_tree(), **place_of(run.folder)})
         load_config(path, text=text)  # what could not be read again is not written
         run.remake(redo)
         write_atomic(path, text)
@@ -289,6 +289,9 @@ def perform(
                 maker = next(s for s in STAGES if missing.startswith(s.outputs))
                 if maker.applies(run.config) and missing != CHECKED:
                     require_made(run.path(missing), maker.name)
+            buys = run.config.recipe.mode != "off" and stage.name in ("select", "generate")
+            if buys and run.state(stage)[0] != "done":  # a large corpus was not read before
+                _lazy("distill.planning.search.require_search")(run, True)
             if allow_inexact and stage.name == "train":
                 stage = replace(stage, main=partial(stage.main, allow_inexact=True))
             try:

@@ -14,17 +14,18 @@ import numpy as np
 import yaml
 
 from distill.config.recipe import tried
+from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation.chooser import Trial, against_default, climb, halves, ranked
 from distill.evaluation.statistics import Bounds, Estimate, estimate_difference
 from distill.formatting import plain_numbers
 from distill.models.devices import free_frames, release_memory
 from distill.planning.estimate import RunEstimate
-from distill.planning.machine import find_machine
+from distill.planning.machine import measure
 from distill.planning.plan import types_of
-from distill.planning.search import Search, plan_search
+from distill.planning.search import Search, plan_search, sealed_search
 from distill.planning.work import count_work, origins_of
-from distill.records import Document, Prompt, Score, digest
+from distill.records import Document, Prompt, Score
 from distill.report import plots
 from distill.report.render import environment
 from distill.storage.files import read_json, read_records, write_atomic, write_json, write_records
@@ -42,7 +43,7 @@ def main(run: Run) -> None:
     """
     config, prompts = run.config, validation_prompts(run)
     origins = origins_of(prompts, read_records(run.path("documents.jsonl"), Document))
-    search, first_N, origins_N = sealed_search(run, origins), halves(origins), np.array(origins)
+    search, first_N, origins_N = seal_search(run, origins), halves(origins), np.array(origins)
     read, rest = ([*compress(prompts, mine_N)] for mine_N in (first_N, ~first_N))
     default = Trial(None, None, config.train.num_train_epochs)
     results, rungs, more = dict[Trial, dict[str, Any]](), dict[Trial, int](), list[dict[str, Any]]()
@@ -91,25 +92,27 @@ def main(run: Run) -> None:
         tree["evaluation"]["judge"]["kind"] = config.evaluation.judge.kind
     if config.signals.endpoint:
         tree["signals"]["endpoint"]["kind"] = "endpoint"
-    write_atomic(run.path("chosen.yaml"), yaml.safe_dump(tree, sort_keys=False))
+    if config.filters.failed_checker == "signals_only" and not final.train.loss.soft:
+        tree["filters"]["failed_checker"] = "drop"  # what has no signal to learn from
+    text = yaml.safe_dump(tree, sort_keys=False)
+    load_config(run.path("chosen.yaml"), text=text)  # what could not be read is not written
+    write_atomic(run.path("chosen.yaml"), text)
     write_json(run.path("recipe.json"), plain_numbers(facts))
     write_pages(run, [row.get("seconds") for row in results.values()])
-    totals = {"chosen": choice.name, "trials": len(rows), "tokens": facts["tokens"]}
-    totals["seconds"] = sum(row.get("seconds", 0.0) for row in rows)
+    totals = {"chosen": choice.name, "trials": len(rows)}
     run.note("recipe", {**run.manifest()["recipe"], **totals})
 
 
-def sealed_search(run: Run, origins: Sequence[str]) -> Search:
-    """Return the search's list of trials: what the manifest holds, once it has begun."""
-    config, noted = run.config, run.manifest().get("recipe", {})
-    sections = [part.model_dump(mode="json") for part in (config.recipe, config.train)]
-    question = digest([*sections, config.student.model, *origins])
-    if noted.get("asked") == question:
-        return Search.model_validate(noted["search"])
-    machine = find_machine(config.evaluation.machine, *types_of(config))
-    search = plan_search(config, RunEstimate(config, count_work(run), None, machine), origins)
+def seal_search(run: Run, origins: Sequence[str]) -> Search:
+    """Return the search's list of trials: once it has begun, what the manifest holds."""
+    if search := sealed_search(run):
+        return search
+    config = run.config
+    estimate = RunEstimate(config, count_work(run), None, measure(types_of(config)))
+    search = plan_search(config, estimate, origins)
     assert search
-    run.note("recipe", {"asked": question, "search": search.model_dump(mode="json")})
+    before = len(run.ledger.entries())  # what follows of this stage is spent on this search
+    run.note("recipe", {"search": search.model_dump(mode="json"), "ledger_before": before})
     say(search.line())
     return search
 

@@ -18,7 +18,11 @@ from distill.errors import DistillError, Exit
 from distill.evaluation import chooser
 from distill.evaluation.scorecard import Scorecard
 from distill.pipeline import STAGES, from_stage, perform
+from distill.planning import plan as planning
+from distill.planning.cost import teacher_cost
+from distill.planning.machine import Machine
 from distill.planning.search import plan_search, require_search
+from distill.planning.work import count_work
 from distill.records import Score
 from distill.storage.files import read_json, sha256_file, write_json, write_records
 from distill.storage.run_folder import Run, open_run
@@ -108,10 +112,16 @@ def test_a_setting_that_must_win_is_trained_with_and_compared_on_held_out(search
     assert "aria-label" in run.path("recipe.html").read_text()
     assert main(["recipe", str(run.folder)]) == 0
     assert "| text-0.02-4 | 1 | 4 | 20 of 20 | +100.0 [" in capsys.readouterr().out
+    assert "points, with a one-sided 80 % lower bound of +" in run.path("recipe.md").read_text()
+    spent = [entry for entry in run.ledger.entries() if entry.stage == "recipe"]
+    assert found["seconds"] == pytest.approx(sum(entry.seconds for entry in spent), rel=1e-4)
+    assert found["tokens"] > facts["tokens"], "answers take tokens beside those trained on"
+    off = open_run(run.folder, ["recipe.mode=off"]).config
+    assert off.train.metric_for_best_model == "loss", "what follows from a search ends with it"
     checks = verify.verify(run.folder)
     assert not verify.failures(checks) and "answers/default.jsonl" in str(checks)
     chosen, config = load_config(run.path("chosen.yaml")), tried(run.config, **facts["choice"])
-    assert chosen == config.model_copy(update={"name": "run-chosen"})
+    assert chosen.resolved() == config.model_copy(update={"name": "run-chosen"}).resolved()
 
 
 def test_a_second_search_that_is_killed_sends_nothing_and_ends_with_the_same_bytes(
@@ -156,14 +166,20 @@ def stubbed(trial: Run, passed: float) -> None:
     write_json(trial.path("training.json"), {"tokens": 7, "seconds": 1.5})
 
 
+def twin_of(run: Run, name: str, **sections: Any) -> Run:
+    """Return a run whose search is left to do."""
+    config = run.config.model_copy(update={"runs": run.folder.parent / name, **sections})
+    twin = Run(config)
+    for file in ("documents.jsonl", "tasks.json", "validation_prompts.jsonl", "prompts.jsonl"):
+        twin.path(file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run.path(file), twin.path(file))
+    shutil.copytree(run.path("dataset"), twin.path("dataset"))
+    return twin
+
+
 @pytest.mark.parametrize("sound", [False, True])
 def test_trials_that_diverge_lose_and_all_of_them_end_it(searched, monkeypatch, sound):
-    run, _ = searched
-    twin = Run(run.config.model_copy(update={"runs": run.folder.parent / f"diverged{sound}"}))
-    for name in ("documents.jsonl", "tasks.json", "validation_prompts.jsonl", "prompts.jsonl"):
-        twin.path(name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.path(name), twin.path(name))
-    shutil.copytree(run.path("dataset"), twin.path("dataset"))
+    twin = twin_of(searched[0], f"diverged{sound}")
 
     def diverging(trial: Run) -> None:
         if trial.config.train.learning_rate == RATE or not sound:
@@ -185,8 +201,72 @@ def test_trials_that_diverge_lose_and_all_of_them_end_it(searched, monkeypatch, 
     assert facts["test"]["difference"]["reason"] == "the default is the best of the rungs"
 
 
+def test_what_has_begun_is_searched_to_its_end_with_other_memory_and_on_a_busy_machine(
+    searched, monkeypatch
+):
+    twin = twin_of(searched[0], "sealed")
+    trials = list[str]()
+
+    def dying(trial: Run) -> None:
+        trials.append(trial.folder.name)
+        if len(trials) == 2:
+            raise KeyboardInterrupt
+        stubbed(trial, 0.5 if trial.folder.name == "default" else 0.4)
+
+    monkeypatch.setattr(train, "main", dying)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(twin)
+    train_settings = twin.config.train.model_copy(update={"gradient_checkpointing": True})
+    bounds = twin.config.recipe.model_copy(update={"teacher_tokens": 10**6})
+    changes = {"train": train_settings, "recipe": bounds}
+    again = Run(twin.config.model_copy(update=changes))
+    monkeypatch.setattr(chooser, "EPOCHS", (9,))  # what another plan would say
+    slow = ESTIMATE.machine
+    monkeypatch.setattr("distill.planning.search.measure", lambda *_: slow)
+    hours = Run(twin.config.model_copy(update={"recipe": bounds.model_copy(update={"hours": 1})}))
+    require_search(hours, False)
+    recipe.main(again)
+    assert trials == ["default", "text-0.02-4", "text-0.02-4"]
+    shutil.rmtree(twin.path("recipe"))  # as --redo leaves it
+    with stops(Exit.CONFIG, "recipe.hours"):
+        require_search(hours, False)
+    recipe.main(again)
+    assert trials[3:] == ["default", "text-0.02-9"]
+    stage = next(stage for stage in STAGES if stage.name == "recipe")
+    local = {"model": str(twin.config.student.model), "kind": "local"}
+    tree = {**twin.config.user_tree(), "teacher": local}
+    other = Config.model_validate_json(json.dumps(tree))
+    prints = [Run(config, twin.folder).fingerprint(stage) for config in (twin.config, other)]
+    assert prints[0] != prints[1], "a teacher that can be read brings other trials"
+
+
+def test_the_chosen_config_can_be_loaded_where_wrong_answers_gave_signals_only(
+    searched, monkeypatch
+):
+    tree = searched[0].config.user_tree()
+    tree["teacher"] = {"model": tree["student"]["model"]}
+    tree["filters"]["failed_checker"] = "signals_only"
+    tree["train"]["loss"] |= {"forward_kl": 1.0}
+    tree["recipe"]["losses"] = ["text"]
+    config = Config.model_validate_json(json.dumps(tree))
+    sections = {name: getattr(config, name) for name in ("teacher", "filters", "train", "recipe")}
+    twin = twin_of(searched[0], "signals", **sections)
+    monkeypatch.setattr(
+        train, "main", lambda trial: stubbed(trial, float("text" in trial.folder.name))
+    )
+
+    def scores(trial: Run, prompts: Any, adapter: Path) -> list[Score]:
+        value = float("text" in trial.folder.name)
+        return [Score(item_id=p.id, model="student", value=value, reason="r") for p in prompts]
+
+    monkeypatch.setattr(recipe, "check_adapter", scores)
+    recipe.main(twin)
+    chosen = load_config(twin.path("chosen.yaml"))
+    assert not chosen.train.loss.soft and chosen.filters.failed_checker == "drop"
+
+
 ESTIMATE: Any = SimpleNamespace(  # of a machine that does an operation a second
-    work=SimpleNamespace(texts=None),
+    work=SimpleNamespace(pool=None),
     machine=SimpleNamespace(seconds=lambda flops, dtype, stage: 3600.0),
     **{"student": None, "prompt": 1, "answer": 1, "trained": 1, "step": 1},
 )
@@ -218,6 +298,7 @@ def test_what_a_search_cannot_do_is_said_before_it(tmp_path):
     for bound, match in (
         ({"teacher_tokens": 300}, "below a first tranche"),
         ({"teacher_tokens": 900}, "prompts.train="),
+        ({"teacher_tokens": 1350}, "may take 1420"),  # 1,300 are expected
     ):
         run = Run(config_of(tmp_path, recipe={"mode": "auto", **bound}))
         with stops(Exit.BUDGET, match):
@@ -240,13 +321,84 @@ def test_a_search_takes_what_it_needs_for_granted(tmp_path):
     paid = config_of(tmp_path, recipe={"mode": "auto", "dollars": 2})
     assert paid.arms == ("text",) and not paid.captures
     assert paid.resolved()["teacher"]["budget_dollars"] == "2"
+    assert paid.user_tree()["teacher"]["budget_dollars"] is None
+    for dollars, least in ((5, 5), (200, 100)):
+        teacher = paid.user_tree()["teacher"] | {"budget_dollars": 100}
+        both = config_of(tmp_path, recipe={"mode": "auto", "dollars": dollars}, teacher=teacher)
+        assert getattr(both.teacher, "budget_dollars", None) == least
     local = config_of(tmp_path, teacher={"model": "t"})
     assert local.arms == ("text", "reverse_kl", "forward_kl") and local.captures
     assert local.signals.temperatures == (2.0,)
     assert local.train.metric_for_best_model == "checker"
-    again = Config.model_validate_json(json.dumps(local.resolved()))
-    assert again == local
+    assert Config.model_validate_json(json.dumps(local.user_tree())) == local
+    off = Config.model_validate_json(json.dumps({**local.user_tree(), "recipe": {}}))
+    assert (off.signals.temperatures, off.train.metric_for_best_model) == ((), "loss")
     trial = tried(local, "forward_kl", 4e-4, 3)
     assert trial.train.loss.parts == {"forward_kl": 1} and trial.train.loss.temperature == 2
     assert (trial.train.lora.alpha, trial.recipe.mode) == (8, "off")
     assert not config_of(tmp_path, recipe={}).arms
+
+
+def test_a_corpus_that_no_plan_reads_is_looked_at_before_the_first_request(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(count_work, "__defaults__", (1,))  # bytes above which it is not read
+    with FakeTeacher(always(message={"content": "ok"})) as teacher:
+        tree = tree_of(tmp_path, teacher)
+        tree["corpus"]["split"]["validation"] = 10
+        run = Run(Config.model_validate_json(json.dumps(tree)))
+        rows = {row.stage: row for row in planning.make_plan(run).stages}
+        assert rows["recipe"].work == "not known until the corpus is read"
+        with stops(Exit.INPUT, "corpus.split.validation"):
+            perform(run, STAGES[:5])
+        assert not teacher.payloads
+
+
+def test_the_search_is_announced_and_its_trials_have_room(tmp_path, monkeypatch, capsys):
+    run = Run(config_of(tmp_path))
+    rates = {"float32": ("float32", 1e7)}
+    machine = Machine(name="here", kind="cpu", rates=rates, source="recorded")
+    monkeypatch.setattr(planning, "measure", lambda *_: machine)
+    planning.announce(run)
+    assert ", recipe " in capsys.readouterr().err
+    disk = planning.make_plan(run, machine=machine).disk
+    free = int(disk["checkpoints"] + disk["merged"] + disk["trials"] / 2)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with stops(Exit.STATE, "trials"):
+        planning.announce(run)
+
+
+def test_what_the_store_holds_of_the_answers_counts(searched):
+    tree = searched[0].config.user_tree()
+    tree["corpus"]["split"]["validation"] = 38  # two prompts more are asked
+    config = Config.model_validate_json(json.dumps({**tree, "name": "more"}))
+    cost = teacher_cost(config, count_work(Run(config)))
+    assert cost and cost.requests and cost.stored_tokens > 0
+    most = cost.stored_tokens + cost.input_tokens + cost.output_tokens_most
+    for bound, error in ((most, None), (most - 1, Exit.BUDGET)):
+        tree["recipe"]["teacher_tokens"] = bound
+        run = Run(Config.model_validate_json(json.dumps({**tree, "name": "more"})))
+        if error:
+            with stops(error, "recipe.teacher_tokens"):
+                require_search(run, True)
+        else:
+            require_search(run, True)
+    run = Run(searched[0].config.model_copy(update={"recipe": run.config.recipe}), run.folder)
+    require_search(run, True)  # all is bought
+
+
+def test_where_the_default_alone_diverges_the_run_is_evaluated_and_that_is_said(
+    searched, monkeypatch
+):
+    run, real = searched[0], train.main
+
+    def diverging(trial: Run) -> None:
+        if trial.config.train.learning_rate == 1e-6:
+            raise DistillError(Exit.TRAINING, "step 7", "loss nan", "lower it")
+        real(trial)
+
+    monkeypatch.setattr(train, "main", diverging)
+    perform(run, STAGES, from_stage("recipe"))
+    assert read_json(run.path("recipe.json"))["chosen"] == "text-0.02-4"
+    card = run.path("scorecard.md").read_text()
+    assert "The default diverged, so held-out items have no difference" in card

@@ -24,9 +24,9 @@ class Recipe(Section):
     """Losses to try: text, reverse_kl, forward_kl (at temperature 2); null takes the last two only
     where a local teacher tells its distributions."""
     teacher_tokens: Positive | None = None
-    """Tokens that the teacher may read and write; a run that would take more buys nothing."""
+    """Tokens that the teacher may read and write; a run that could take more buys nothing."""
     dollars: Annotated[Decimal, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Dollars that an endpoint may take, likewise; `teacher.budget_dollars` too, if it is null."""
+    """Dollars that an endpoint may take; the lower of it and `teacher.budget_dollars` holds."""
     hours: Annotated[float, Field(gt=0)] | None = None
     """Hours of the search as the plan estimates them, which fix its trials before the first; no
     clock stops it. null tries all."""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from distill.config.learning import OnPolicy, Signals, Student, Train
 from distill.config.recipe import Arm, Recipe
@@ -260,6 +260,7 @@ class Config(Section):
     on_policy: OnPolicy = OnPolicy()
     evaluation: Evaluation = Evaluation()
     publish: Publish = Publish()
+    _user_sections: dict[str, Any] = PrivateAttr({})  # where `recipe` changes what the user wrote
 
     @property
     def captures(self) -> bool:
@@ -301,23 +302,22 @@ class Config(Section):
     def _search_has_what_it_needs(self) -> "Config":
         if self.recipe.mode == "off":
             return self
-        dollars, teacher, temperatures = (
-            self.recipe.dollars,
-            self.teacher,
-            self.signals.temperatures,
-        )
+        teacher, temperatures = self.teacher, self.signals.temperatures
         if self.refines:
             what = "recipe.mode auto compares trainings alone: train.self_answers and on_policy"
             raise ValueError(f"{what} come after it, with chosen.yaml")
-        if dollars and not isinstance(teacher, EndpointTeacher):
-            raise ValueError("recipe.dollars is for a paid teacher: set teacher_tokens, or neither")
         metric = {"metric_for_best_model": "checker"}
         changes: dict[str, Section] = {"train": self.train.model_copy(update=metric)}
-        if dollars and not getattr(teacher, "budget_dollars", None):
-            changes["teacher"] = teacher.model_copy(update={"budget_dollars": dollars})
+        if dollars := self.recipe.dollars:
+            if not isinstance(teacher, EndpointTeacher):
+                what = "recipe.dollars is for a paid teacher: set teacher_tokens, or neither"
+                raise ValueError(what)
+            least = min(dollars, teacher.budget_dollars or dollars)
+            changes["teacher"] = teacher.model_copy(update={"budget_dollars": least})
         if "forward_kl" in self.arms and 2.0 not in temperatures:
             more = {"temperatures": (*temperatures, 2.0)}
             changes["signals"] = self.signals.model_copy(update=more)
+        self._user_sections = {name: getattr(self, name) for name in changes}
         vars(self).update(changes)  # which the resolved config shows
         return self
 
@@ -389,3 +389,7 @@ class Config(Section):
     def resolved(self) -> dict[str, Any]:
         """Return the whole tree as plain JSON values."""
         return self.model_dump(mode="json")
+
+    def user_tree(self) -> dict[str, Any]:
+        """Return it without what follows from `recipe`, so that this does not outlast `recipe`."""
+        return self.model_copy(update=self._user_sections).resolved()

@@ -337,7 +337,7 @@ def load_config(
 
 def with_values(config: Config, values: Mapping[str, object]) -> Config:
     """Return a config with other values of some dotted keys."""
-    tree = config.resolved()
+    tree = config.user_tree()
     for key, value in values.items():
         apply_override(tree, f"{key}={value}")
     return Config.model_validate_json(json.dumps(tree), strict=True)

@@ -76,7 +76,8 @@ def answer(run: Run, pairs: Sequence[Pair], suites: Sequence[Suite]) -> None:
         write_records(run.path(f"answers/readings/{name}.jsonl"), losses)
         del responder, ask  # so that one model at a time is in memory
         release_memory()
-    if run.path("recipe/default-last").exists():  # a search's default, trained as its winner was
+    # A search's default, trained as its winner was, unless it diverged
+    if run.path(f"recipe/default-last/adapter/{WEIGHTS}").exists():
         responder, _ = student_responder(InnerRun(run, "recipe/default-last"), "default")
         requests = requests_to(responder, prompts, [limit] * len(prompts))
         with Ask(responder, store, run) as ask:

@@ -147,7 +147,8 @@ def measure_recipe(
         return None
     recipe, manifest = read_json(run.path("recipe.json")), run.manifest()
     find, path = tasks_of_run(run.folder), run.path("answers/default.jsonl")
-    heldout = Estimate.unknown("The default was kept")
+    kept = recipe["chosen"] == "default"
+    heldout = Estimate.unknown(f"The default {'was kept' if kept else 'diverged'}")
     if path.exists():
         by_id = by_item(held_out_items(run.folder)[1], read_records(path, Response))
         pairs = [(item, checker_of(find(item.task), item.prompt)) for item in items]
@@ -161,8 +162,13 @@ def measure_recipe(
     row = next(row for row in recipe["ladder"] if row["trial"] == recipe["chosen"])
     validation = Estimate.model_validate(row["difference"])
     sha256 = sha256_file(run.path("dataset/heldout.jsonl"))
+    entries = run.ledger.entries()[manifest["recipe"]["ledger_before"] :]
+    entries = [entry for entry in entries if entry.stage == "recipe"]
     return measurements.RecipeResult(
-        **{key: manifest["recipe"][key] for key in ("chosen", "trials", "tokens", "seconds")},
+        chosen=recipe["chosen"],
+        trials=recipe["trials"],
+        tokens=sum(entry.input_tokens + entry.output_tokens for entry in entries),
+        seconds=sum(entry.seconds for entry in entries),
         openings=sum(opened[0] == sha256 for opened in manifest.get("heldout_opened", [])),
         validation=Difference.of(validation),
         heldout=Difference.of(heldout),

@@ -45,6 +45,7 @@ class TeacherCost(Record):
 
     requests: int
     stored: int
+    stored_tokens: int  # read and written for these
     input_tokens: int
     output_tokens: int
     output_tokens_most: int
@@ -71,6 +72,13 @@ class Asking(NamedTuple):
         """Return the tokens of an answer, as is expected."""
         lengths = [response.usage.output_tokens for response in self.sampled]
         return sum(lengths) / len(lengths) if lengths else ANSWER * self.cap
+
+    @property
+    def stored_tokens(self) -> float:
+        """Return the tokens that the stored answers took, by those that were read."""
+        usages = [response.usage for response in self.sampled]
+        total = sum(usage.input_tokens + usage.output_tokens for usage in usages)
+        return self.stored * total / max(1, len(usages))
 
 
 def teacher_cost(config: Config, work: Work, origin: str | None = None) -> TeacherCost | None:
@@ -122,6 +130,7 @@ def teacher_cost(config: Config, work: Work, origin: str | None = None) -> Teach
     cost = TeacherCost(
         requests=ceil(count),
         stored=sum(kind.stored for kind in kinds),
+        stored_tokens=ceil(sum(kind.stored_tokens for kind in kinds)),
         input_tokens=sent,
         output_tokens=output,
         output_tokens_most=capped,

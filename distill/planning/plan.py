@@ -60,7 +60,15 @@ def make_plan(
     teacher = teacher_cost(config, work, origin)
     machine = machine or find_machine(config.evaluation.machine, *types_of(config))
     estimate = RunEstimate(config, work, teacher, machine)
-    stages, notes = estimate.stages(), [*machine.notes]
+    stages, notes, disk = estimate.stages(), [*machine.notes], estimate.disk()
+    if config.recipe.mode != "off":
+        search = plan_search(config, estimate)
+        text = f"{search.trials} trainings" if search else "not known until the corpus is read"
+        row = StagePlan(stage="recipe", work=text, seconds=search and search.seconds)
+        stages.insert(next(n for n, row in enumerate(stages) if row.stage == "train"), row)
+        if search:
+            notes.append(search.line())
+            disk["trials"] = 4.0 * estimate.adapter * search.trials + disk["merged"]
     if unknown := [row.stage for row in stages if row.seconds is None]:
         notes.append(f"time: {', '.join(unknown)} not counted: not known yet")
     if work.texts is None:
@@ -73,12 +81,6 @@ def make_plan(
     verdict = judge_teacher(config.teacher, config.terms.basis)
     stop = [] if verdict.allowed else ["a run stops here with exit 10 until terms.basis is stated"]
     notes += [f"terms: {line}" for line in [*verdict.lines(), *stop]]
-    disk = estimate.disk()
-    if search := plan_search(config, estimate):
-        row = StagePlan(stage="recipe", work=f"{search.trials} trainings", seconds=search.seconds)
-        stages.insert(next(n for n, row in enumerate(stages) if row.stage == "train"), row)
-        notes.append(search.line())
-        disk["trials"] = 4.0 * estimate.adapter * search.trials + disk["merged"]
     seconds = sum(row.seconds or 0.0 for row in stages)
     price = load_prices(config.evaluation.prices).machine(config.evaluation.machine)
     place = run.folder.absolute()  # where the run is, or will be
@@ -170,6 +172,7 @@ def announce(run: Run, redo: Iterable[Stage] = ()) -> None:
     disk, free = plan.disk, plan.disk_free  # without these parts of it nothing is trained
     needed = disk["checkpoints"] + disk["merged"] if "train" in to_do else 0.0
     needed += disk.get("soft labels", 0.0) if "signals" in to_do else 0.0
+    needed += disk.get("trials", 0.0) if "recipe" in to_do else 0.0
     if needed > free:
         each = ", ".join(f"{what} {size(amount)}" for what, amount in disk.items() if amount)
         what = f"needs about {size(needed)}, and {size(free)} are free ({each})"

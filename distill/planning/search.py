@@ -48,7 +48,7 @@ def plan_search(
     exit 2 where no checker can judge or the hours are too few, 3 where the split is too small.
     """
     recipe, work = config.recipe, estimate.work
-    if recipe.mode == "off" or (origins is None and work.texts is None):
+    if recipe.mode == "off" or (origins is None and work.pool is None):
         return None
     origins = work.checked if origins is None else origins
     if not origins:
@@ -82,25 +82,36 @@ def plan_search(
     raise DistillError(Exit.CONFIG, "recipe.hours", what, "raise it, or recipe.mode=off")
 
 
+def sealed_search(run: Run) -> Search | None:
+    """Return the search whose trials have begun, as the manifest has it; None before the first."""
+    begun = any(run.path("recipe").glob("*/*.jsonl"))
+    return Search.model_validate(run.manifest()["recipe"]["search"]) if begun else None
+
+
 def require_search(run: Run, buys: bool) -> None:
     """Stop where a search would show nothing, as `plan_search` says, or (exit 6) where the teacher,
     if it is still to be asked, would take more than `recipe` allows."""
     from distill.planning.plan import MOMENT, types_of  # which looks by this
 
-    config, recipe, work = run.config, run.config.recipe, count_work(run)
+    config, recipe = run.config, run.config.recipe
+    if recipe.mode == "off" or (not buys and sealed_search(run)):
+        return
+    work = count_work(run)
     cost, train = teacher_cost(config, work), work.prompts["train"]
     plan_search(config, RunEstimate(config, work, cost, measure(types_of(config), MOMENT)))
-    if cost is None or not buys:
+    if cost is None or not (buys and cost.requests):
         return
+    tokens = cost.stored_tokens + cost.input_tokens + cost.output_tokens_most
+    dollars = None if cost.dollars is None else cost.paid + cost.paid_perhaps + cost.dollars
     for key, most, takes in (
-        ("teacher_tokens", recipe.teacher_tokens, cost.input_tokens + cost.output_tokens),
-        ("dollars", recipe.dollars, cost.dollars),
+        ("teacher_tokens", recipe.teacher_tokens, tokens),
+        ("dollars", recipe.dollars, dollars),
     ):
         if most is None or takes is None or takes <= most:
             continue
         all_asked = work.all_prompts - work.unasked
         fit = max(0, int(float(most) / float(takes) * all_asked - all_asked + train))
-        what = f"{most:g}, and the answers that are left take about {takes:g}"
+        what = f"{most:g}, and the teacher's answers may take {takes:g}"
         what += "; that is below a first tranche, a quarter of the prompts" * (fit < train / 4)
         fix = f"raise it, or prompts.train={max(1, fit)}"
         raise DistillError(Exit.BUDGET, f"recipe.{key}", what, fix)
