@@ -114,22 +114,22 @@ def measured(run: Run, arm: Arm, prompts: Sequence[Prompt], trained: bool = True
     responses = student_answers(run, prompts, adapter, sampling, title, arm.tries)
     checked, task = results(run, prompts, responses), tasks_of_run(run.folder)(prompts[0].task)
     assert task is not None and task.checker is not None
-    tried = zip(prompts, batched(checked, arm.tries), batched(responses, arm.tries), strict=True)
-    chosen = [of[vote(task.checker, prompt, answers)] for prompt, of, answers in tried]
-    found: dict[str, Any] = {
-        "right": "".join(str(int(bool(one.passed))) for one in chosen),
+    groups = zip(prompts, batched(checked, arm.tries), batched(responses, arm.tries), strict=True)
+    votes = [of[vote(task.checker, prompt, answers)] for prompt, of, answers in groups]
+    figures: dict[str, Any] = {
+        "right": "".join(str(int(bool(one.passed))) for one in votes),
         "answer_tokens": sum(response.usage.output_tokens for response in responses),
         "cut_off": sum(response.stop == "length" for response in responses),
     }
     if arm.tries > 1:
         tries = batched(checked, arm.tries)
-        found["tries_right"] = "".join(str(sum(bool(o.passed) for o in group)) for group in tries)
+        figures["tries_right"] = "".join(str(sum(bool(o.passed) for o in group)) for group in tries)
     if trained:
-        told, funnel = read_json(run.trained("training.json")), read_json(run.path("funnel.json"))
-        found |= {"training": told, "funnel": funnel}
+        figures["training"] = read_json(run.trained("training.json"))
+        figures["funnel"] = read_json(run.path("funnel.json"))
         for key in ("history", "notes"):  # long, and of no use here
-            found["training"].pop(key, None)
-    return found
+            figures["training"].pop(key, None)
+    return figures
 
 
 def bits(arms: Mapping[str, Any], name: str, seeds: Sequence[str]) -> np.ndarray:
@@ -137,8 +137,8 @@ def bits(arms: Mapping[str, Any], name: str, seeds: Sequence[str]) -> np.ndarray
     return np.array([[float(c) for c in arms[name][seed]["right"]] for seed in seeds])
 
 
-def told(estimate: Estimate) -> dict[str, Any]:
-    """Return an estimate as JSON, in points."""
+def in_points(estimate: Estimate) -> dict[str, Any]:
+    """Return an estimate as JSON."""
     return {
         "points": estimate.value,
         "low": estimate.low,
@@ -154,7 +154,7 @@ def outcome(
     """Compare each arm with what the criterion names, on the seeds that both have."""
     against = measure["against"]
     rivals = [against] if isinstance(against, str) else against
-    found: dict[str, Any] = {}
+    comparisons: dict[str, Any] = {}
     for name in (name for name in arms if name not in rivals):
         for rival in rivals:
             seeds = sorted(arms[name].keys() & arms.get(rival, {}).keys(), key=int)
@@ -167,15 +167,15 @@ def outcome(
                 "seeds": len(seeds),
                 "mean": float(a_SN.mean()),
                 "rival": float(b_SN.mean()),
-                **told(change),
+                **in_points(change),
             }
             least = measure.get("least", 0)
             if "success" in measure and change.low is not None and change.high is not None:
                 met = change.low > least and row["points"] >= measure["success"]
                 short = "not met" if change.high < measure["success"] else "cannot tell"
                 row["verdict"] = "success" if met else short
-            found[f"{name} - {rival}"] = row
-    return found
+            comparisons[f"{name} - {rival}"] = row
+    return comparisons
 
 
 def pack(run: Run, path: Path) -> None:
