@@ -11,11 +11,11 @@ import pytest
 
 from distill import recipe, verify
 from distill.cli import main
-from distill.config.recipe import tried
+from distill.config.recipe import Recipe, tried
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
-from distill.evaluation import chooser
+from distill.evaluation import answering, chooser, evaluate
 from distill.evaluation.scorecard import Scorecard
 from distill.pipeline import STAGES, from_stage, perform
 from distill.planning import plan as planning
@@ -23,8 +23,8 @@ from distill.planning.cost import teacher_cost
 from distill.planning.machine import Machine
 from distill.planning.search import plan_search, require_search
 from distill.planning.work import count_work
-from distill.records import Score
-from distill.storage.files import read_json, sha256_file, write_json, write_records
+from distill.records import Pair, Record, Score
+from distill.storage.files import read_json, read_records, sha256_file, write_json, write_records
 from distill.storage.run_folder import Run, open_run
 from distill.training import train
 from distill.training.checked import validation_prompts
@@ -106,8 +106,9 @@ def test_a_setting_that_must_win_is_trained_with_and_compared_on_held_out(search
     assert found["heldout"]["mean"] == 1 and found["openings"] == 1 and found["optimism"] == 0
     sealed = run.manifest()["recipe"]
     assert sealed["search"]["rungs"] == [[4, 1]] and sealed["optimism"] == 0
-    card = (run.path("scorecard.md")).read_text()
-    assert "chosen among 7 trainings: text-0.02-4" in card and "optimism" in card
+    for page in ("scorecard.md", "report.html"):
+        text = run.path(page).read_text()
+        assert "chosen among 7 trainings: text-0.02-4" in text and "optimism" in text
     assert run.path("recipe.md").read_text().count("\n| text") == 1
     assert "aria-label" in run.path("recipe.html").read_text()
     assert main(["recipe", str(run.folder)]) == 0
@@ -152,6 +153,36 @@ def test_a_second_search_that_is_killed_sends_nothing_and_ends_with_the_same_byt
     found = Scorecard.model_validate_json(run.path("scorecard.json").read_text()).recipe
     assert found and found.openings == 2
     assert "opened the same held-out items 2 times" in run.path("scorecard.md").read_text()
+
+
+def test_held_out_items_are_known_again_whatever_the_teacher_says_and_who_opened_them(
+    searched, tmp_path, monkeypatch
+):
+    run, _ = searched
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    auto, off = (
+        Run(run.config.model_copy(update={"recipe": recipe}), folder)
+        for recipe in (run.config.recipe, Recipe())
+    )
+    monkeypatch.setattr(answering, "answer", lambda *_: None)  # all have answered
+    first, *others = read_records(auto.path("dataset/heldout.jsonl"), Pair)
+    openings = list[int | None]()
+
+    def evaluated(run: Run, training: str, **changes: Record) -> None:
+        write_records(
+            auto.path("dataset/heldout.jsonl"), [first.model_copy(update=changes), *others]
+        )
+        run.note("stages", {**run.manifest()["stages"], "train": {"marker": training}})
+        evaluate.main(run)
+        openings.append(read_json(run.path("evaluation.json")).get("recipe", {}).get("openings"))
+
+    reworded = first.response.model_copy(update={"text": "as another teacher says it"})
+    evaluated(off, "one", response=reworded)
+    evaluated(auto, "two", response=reworded)
+    evaluated(auto, "two")
+    evaluated(auto, "two", prompt=first.prompt.model_copy(update={"reference": "another"}))
+    before = read_json(run.path("evaluation.json"))["recipe"]["openings"]
+    assert openings == [None, before + 2, before + 2, 1]
 
 
 def stubbed(trial: Run, passed: float) -> None:

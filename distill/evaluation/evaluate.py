@@ -18,8 +18,8 @@ from distill.evaluation.scorers import SHARE, AnswersByModel, Measured
 from distill.evaluation.statistics import Certainty, Estimate, estimate_difference, estimate_mean
 from distill.evaluation.suites import Suite, by_item, held_out_items, load_suites, why_no_teacher
 from distill.evaluation.tries import choose, tries_result
-from distill.records import AnswerLoss, Document, Item, Pair, Response
-from distill.storage.files import read_json, read_records, sha256_file, write_json, write_records
+from distill.records import AnswerLoss, Document, Item, Pair, Response, digest
+from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
 from distill.tasks.scoring import answer_limit, score_answer
 from distill.tasks.task import checker_of, tasks_of_run
@@ -54,11 +54,12 @@ def main(run: Run) -> None:
         what = f"all {len(items)} held-out items stand in the training data"
         fix = "--redo corpus, which leaves documents with their text out"
         raise DistillError(Exit.EVALUATION, "contamination", what, fix)
-    if run.config.recipe.mode == "auto":
-        names = ("dataset/heldout.jsonl", "stages/recipe.json")  # items, and the search
-        files = [sha256_file(run.path(name)) for name in names]
-        opened = run.manifest().get("heldout_opened", [])
-        run.note("heldout_opened", [*opened, *([files] if files not in opened else [])])
+    # What is asked and what is right, whatever the teacher says, and the training it is read after
+    parts = [i.prompt.model_dump(mode="json", include={"messages", "reference"}) for i in items]
+    trained = run.made_with("refine" if run.config.refines else "train").get("marker")
+    opening = [digest(sorted(map(digest, parts))), trained]
+    before = [other for other in run.manifest().get("heldout_opened", []) if other != opening]
+    run.note("heldout_opened", [*before, opening])
     answer(run, pairs, suites)
     ask_judge(run, items, read_answers(run, items))
     measure(run, suites, overlap)
@@ -161,7 +162,7 @@ def measure_recipe(
         heldout = estimate_difference(sides[0], sides[1], clusters, certainty, SHARE)
     row = next(row for row in recipe["ladder"] if row["trial"] == recipe["chosen"])
     validation = Estimate.model_validate(row["difference"])
-    sha256 = sha256_file(run.path("dataset/heldout.jsonl"))
+    opened = [items for items, _ in manifest["heldout_opened"]]  # the last are these
     entries = run.ledger.entries()[manifest["recipe"]["ledger_before"] :]
     entries = [entry for entry in entries if entry.stage == "recipe"]
     return measurements.RecipeResult(
@@ -169,7 +170,7 @@ def measure_recipe(
         trials=recipe["trials"],
         tokens=sum(entry.input_tokens + entry.output_tokens for entry in entries),
         seconds=sum(entry.seconds for entry in entries),
-        openings=sum(opened[0] == sha256 for opened in manifest.get("heldout_opened", [])),
+        openings=opened.count(opened[-1]),
         validation=Difference.of(validation),
         heldout=Difference.of(heldout),
         optimism=None if heldout.value is None else (validation.value or 0.0) - heldout.value,

@@ -298,7 +298,7 @@ class RecipeResult(CardRecord):
     trials: int
     tokens: int
     seconds: float
-    openings: int  # how many searches of this run have opened these held-out items
+    openings: int  # for how many trainings of this run these held-out items were opened
     validation: Difference  # of the trial in the rungs, which look better than they are
     heldout: Difference
     optimism: float | None = None  # validation minus held-out

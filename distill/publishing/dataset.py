@@ -24,6 +24,7 @@ from distill.models.registry import hub_id, is_folder
 from distill.publishing import card
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
+from distill.reasoning import split_thought
 from distill.records import Document, Message, Origin, Pair, Prompt, Record, Response, Stop
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records, replacing, write_records
@@ -139,8 +140,10 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
     reasons = {(row.prompt_id, row.response_id): row.reason for row in rejected}
     refined = sorted(run.folder.glob("refined/self-*/dataset/train.jsonl"))[-1:]  # it holds all
     pairs = read_records(refined[0], Pair) if refined and config.train.self_answers else []
-    mine = [pair.response for pair in pairs if pair.origin == "student"]
-    rows: list[tuple[Origin, Response]] = [("student", response) for response in mine]
+    rows = list[tuple[Origin, Response]]()
+    for mine in (pair.response for pair in pairs if pair.origin == "student"):
+        answer = split_thought(mine.text, mine.reasoning)[1]  # training has both in the text
+        rows.append(("student", mine.model_copy(update={"text": answer})))
     responses = read_records(run.path("responses.jsonl"), Response)
     for origin, response in [*(("teacher", response) for response in responses), *rows]:
         prompt = prompts[response.prompt_id]
@@ -181,7 +184,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
             usage=response.usage.model_dump(exclude={"device"}),
             dropped=reasons.get((prompt.id, response.id), ""),
             only_signals=(prompt.id, response.id) in marks if marking else None,
-            origin=origin if mine else None,
+            origin=origin if rows else None,
         )
         yield Placed(SPLIT_NAMES[document.split or "train"], row, masked)
 

@@ -16,6 +16,7 @@ from distill.corpus import corpus, prompts
 from distill.errors import DistillError, Exit
 from distill.generation import filters, generate
 from distill.publishing.dataset import main
+from distill.reasoning import join_thought
 from distill.records import Document, Pair, Prompt
 from distill.storage.files import read_json, read_records, write_json, write_records
 from distill.storage.run_folder import Run
@@ -285,6 +286,17 @@ def test_a_second_upload_is_a_new_commit_and_held_out_rows_go_with_it(run, tmp_p
         mine = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
         assert repository.files == {name: path.read_bytes() for name, path in mine.items()}
         assert '"me/answers", "kept"' in repository.files["README.md"].decode()
+
+
+def test_the_thought_of_a_student_s_own_answer_stands_in_reasoning_alone(run):
+    pair = read_records(run.path("dataset/train.jsonl"), Pair)[0]
+    answer = {"id": "own", "text": join_thought("so it is", "Hm."), "reasoning": "Hm."}
+    own = {"response": pair.response.model_copy(update=answer), "origin": "student"}
+    path = run.path("refined/self-1/dataset/train.jsonl")
+    write_records(path, [pair, pair.model_copy(update=own)])
+    row = rows_of(main(with_config(run, train={"self_answers": {}})))[-1]
+    assert (row["origin"], row["reasoning"]) == ("student", "Hm.")
+    assert row["completion"][0]["content"] == row["messages"][-1]["content"] == "so it is"
 
 
 @pytest.mark.parametrize("words", [["--heldout"], ["--dataset", "--override", "x"]])

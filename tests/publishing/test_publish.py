@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from distill.config.recipe import Recipe
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading
@@ -95,6 +96,15 @@ def run(hub, trained, tmp_path) -> Run:
     write_json(run.path("config.json"), run.config.resolved())
     make_scorecard(run)
     return run
+
+
+def test_the_card_states_the_adapter_that_a_search_chose(run):
+    lora = run.config.train.lora.model_copy(update={"alpha": 5.0})
+    train = run.config.train.model_copy(update={"lora": lora})
+    run.config = run.config.model_copy(update={"recipe": Recipe(mode="auto"), "train": train})
+    write_json(run.path("recipe.json"), {"choice": {"loss": "text", "rate": 1e-4, "epochs": 3}})
+    card = (main(run, override="a test") / "README.md").read_text()
+    assert f"alpha {2.0 * lora.r}" in card and "alpha 5" not in card
 
 
 def test_a_release_holds_the_allow_list_and_loads_and_is_the_same_twice(run, tmp_path):

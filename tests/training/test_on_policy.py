@@ -177,7 +177,8 @@ def test_a_whole_run_evaluates_verifies_and_publishes_the_refined_student(tmp_pa
             assert main(["run", str(config), "on_policy.prompts=3", "--redo", "refine"]) == 0
     run = tmp_path / "runs/tiny"
     assert not [check for check in checks if check.state in ("differs", "missing")], checks
-    assert "then on policy: 1 rounds" in (run / "release/README.md").read_text()
+    for page in ("release/README.md", "report.html"):
+        assert "Then on policy: 1 rounds" in (run / page).read_text()
     card = read_json(run / "scorecard.json")
     assert card["training"]["on_policy"][0]["answers"] <= 3
     assert card["models"]["student"]["adapter_sha256"] == sha256_file(

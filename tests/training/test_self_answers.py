@@ -255,7 +255,8 @@ def test_a_whole_run_says_whose_each_row_is(tmp_path):
     run = tmp_path / "runs/tiny"
     assert not [check for check in checks if check.state in ("differs", "missing")], checks
     assert (run / "stages/train.json").read_bytes() == before
-    assert "then on its own answers: " in (run / "release/README.md").read_text()
+    for page in ("release/README.md", "report.html"):
+        assert "Then on its own answers: " in (run / page).read_text()
     published = [
         [json.loads(line) for line in path.read_text().splitlines()]
         for path in (
