@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from distill.config.recipe import tried
+from distill.config.learning import tried
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit
 from distill.evaluation.chooser import Trial, against_default, climb, halves, ranked

@@ -11,7 +11,7 @@ import pytest
 
 from distill import recipe, verify
 from distill.cli import main
-from distill.config.recipe import Recipe, tried
+from distill.config.learning import Recipe, tried
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config
 from distill.errors import DistillError, Exit

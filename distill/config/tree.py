@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from distill.config.learning import OnPolicy, Signals, Student, Train
-from distill.config.recipe import Arm, Recipe
+from distill.config.learning import Arm, OnPolicy, Recipe, Signals, Student, Train
 from distill.config.release import Publish, Terms
 from distill.config.renamed_keys import present_value
 from distill.config.teachers import (

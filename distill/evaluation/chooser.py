@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from distill.config.recipe import Arm
+from distill.config.learning import Arm
 from distill.evaluation import statistics
 from distill.evaluation.statistics import Bounds, Certainty, Clusters, Estimate, Floats
 from distill.records import digest

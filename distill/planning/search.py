@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from itertools import compress, count
 
-from distill.config.recipe import Arm
+from distill.config.learning import Arm
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.evaluation.chooser import halves, ladder, smallest_difference

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
-from distill.config.recipe import tried
+from distill.config.learning import tried
 from distill.config.renamed_keys import BEFORE, fields_in, present_path, present_value
 from distill.config.tree import Config
 from distill.config.yaml_file import load_config, place_of, with_values

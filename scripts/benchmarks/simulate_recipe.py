@@ -24,7 +24,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from distill.config.recipe import Arm
+from distill.config.learning import Arm
 from distill.evaluation import chooser
 from distill.evaluation.chooser import Trial
 from distill.evaluation.statistics import Certainty, Floats, estimate_difference

@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from distill.config.recipe import Recipe
+from distill.config.learning import Recipe
 from distill.config.tree import Config
 from distill.errors import DistillError, Exit
 from distill.models import loading
