@@ -16,7 +16,7 @@ from distill.models import registry
 from distill.models.devices import free_frames, release_memory
 from distill.storage.files import as_json, sha256_file, write_atomic
 from distill.storage.progress import say
-from distill.storage.run_folder import Run, Stage, require_made
+from distill.storage.run_folder import Run, Stage, flatten, require_made
 from distill.tasks.scoring import answer_limit
 
 # The stages that may check answers
@@ -63,6 +63,20 @@ def checking_identity(config: Config) -> dict[str, str]:
         return {}
     limit = {"tokens of a validation answer": f"{answer_limit(config)}"}
     return {**checker_identity(config.prompts.tasks), **limit}
+
+
+def filter_identity(config: Config) -> dict[str, str]:
+    """Return what judges answers: the table of refusals, the user's filters and checkers."""
+    facts = _lazy("distill.generation.filters.identity")(config.filters, config.reasoning)
+    return {**facts, **checker_identity(config.prompts.tasks)}
+
+
+def refine_identity(config: Config) -> dict[str, object]:
+    """Return what reads the student's answers and, where they become rows, what filters them."""
+    facts = {**capture_identity(config), **checking_identity(config)}
+    if not config.train.self_answers:
+        return {**facts}
+    return {**facts, **filter_identity(config), **flatten(config.resolved()["filters"], "filters")}
 
 
 def evaluation_identity(config: Config) -> dict[str, str]:
@@ -178,10 +192,7 @@ STAGES: tuple[Stage, ...] = (
         ("documents.jsonl", "prompts.jsonl", "questions.jsonl", "responses.jsonl"),
         (*DATASET, "dropped.jsonl", "funnel.json", CHECKED),
         _lazy("distill.generation.filters.main"),
-        lambda c: {
-            **_lazy("distill.generation.filters.identity")(c.filters, c.reasoning),
-            **checker_identity(c.prompts.tasks),
-        },
+        filter_identity,
         purpose="choose the answers that are trained on, with reasons",
     ),
     Stage(
@@ -223,7 +234,7 @@ STAGES: tuple[Stage, ...] = (
         (*DATASET[:2], "dropped.jsonl", "adapter/adapter_model.safetensors", CHECKED),
         ("refined",),
         _lazy("distill.training.soft_labels.on_policy.main"),
-        lambda c: {**capture_identity(c), **checking_identity(c)},
+        refine_identity,
         purpose="let the student answer, and train it on what is right, or as the teacher reads it",
         smaller=MORE_MEMORY,
         applies=lambda config: config.refines,

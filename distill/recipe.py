@@ -32,7 +32,7 @@ from distill.storage.files import read_json, read_records, write_atomic, write_j
 from distill.storage.progress import say
 from distill.storage.run_folder import Run
 from distill.training import train
-from distill.training.checked import CHECKED, check_adapter, validation_prompts
+from distill.training.checked import CHECKED, check_adapter, checked_values, validation_prompts
 from distill.training.inner_run import InnerRun
 
 
@@ -151,7 +151,9 @@ def perform(
             scores = read_records(inner.path("training_checks.jsonl"), Score)
             if tested:
                 scores = check_adapter(inner, tested, inner.path("adapter"))
-            facts["values"] = [score.value or 0.0 for score in scores]
+            values = checked_values(scores)
+            mean = sum(values) / len(values)  # in the place of what was not checked
+            facts["values"] = [mean if s.value is None else s.value for s in scores]
             facts |= {key: training[key] for key in ("tokens", "seconds")}
         except DistillError as error:
             if error.code != Exit.TRAINING or not error.where.startswith("step "):

@@ -241,14 +241,15 @@ class Timing(Record):
 
 
 class LedgerEntry(Record):
-    """What a stage took in one go: all tokens, those of `paid` attempts, and those of these whose
-    outcome is unknown, with their maximum."""
+    """What a stage took in one go: all tokens, those that the student wrote, those of `paid`
+    attempts, and those of these whose outcome is unknown, with their maximum."""
 
     stage: str
     started: str
     seconds: float
     input_tokens: int = 0
     output_tokens: int = 0
+    student_output_tokens: Annotated[int, Field(exclude_if=lambda count: not count)] = 0
     paid_input_tokens: int = 0
     paid_output_tokens: int = 0
     dollars: Decimal | None = None

@@ -162,7 +162,8 @@ def distillation_cost(
     if any(entry.attempts and entry.dollars is None for entry in entries):
         why_unpaid = "what the teacher's endpoint was paid is not known"
     why = why_unpaid or ("" if machine else why_no_machine)
-    bought = sum(entry.output_tokens for entry in entries if entry.stage in ASKING)
+    asking = (entry for entry in entries if entry.stage in ASKING)
+    bought = sum(entry.output_tokens - entry.student_output_tokens for entry in asking)
     return DistillationCost(
         seconds=seconds,
         dollars=None if why or machine is None else paid + machine.of(seconds),

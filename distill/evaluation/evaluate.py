@@ -69,8 +69,10 @@ def main(run: Run) -> None:
 
 def find_overlap(run: Run, items: Sequence[Item], suites: Sequence[Suite] = ()) -> Overlap:
     """Look for the items, and those of suites, in documents, prompts and answers of training."""
-    splits = [run.path(f"dataset/{split}.jsonl") for split in ("train", "validation")]
-    pairs = [pair for path in splits if path.exists() for pair in read_records(path, Pair)]
+    paths = [run.path(f"dataset/{split}.jsonl") for split in ("train", "validation")]
+    if run.config.train.self_answers:  # the last holds those of all rounds
+        paths += sorted(run.folder.glob("refined/self-*/dataset/train.jsonl"))[-1:]
+    pairs = [pair for path in paths if path.exists() for pair in read_records(path, Pair)]
     path = run.path("documents.jsonl")
     documents = read_records(path, Document) if path.exists() else []
     texts = [of_item(item) for item in items]

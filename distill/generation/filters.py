@@ -7,7 +7,7 @@ prompt, all that pass and differ are kept, or the first few: rejection sampling.
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import itemgetter
 
 import numpy as np
@@ -72,20 +72,17 @@ class Dropped(Record):
 
 def main(run: Run) -> None:
     """Make dataset/*.jsonl, dropped.jsonl and funnel.json; exit 3 where no row is left."""
-    sources = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
-    prompts = {p.id: p for path in sources if path.exists() for p in read_records(path, Prompt)}
+    prompts = asked_prompts(run)
     splits = {d.id: d.split for d in read_records(run.path("documents.jsonl"), Document)}
     pairs = [
         Pair(prompt=prompts[response.prompt_id], response=response)
         for response in read_records(run.path("responses.jsonl"), Response)
     ]
     learned = (p for p in pairs if splits[p.prompt.document_id] != "heldout")
-    texts = ((p.response.id, "\n".join([*own_parts(p.prompt), p.response.text])) for p in learned)
-    held_out = (p for p in prompts.values() if splits[p.document_id] == "heldout")
-    matches = contaminated(texts, held_out)
+    texts = ((p.response.id, p.prompt, p.response.text) for p in learned)
+    matches = contaminated_ids(run, texts)
     settings, keep = run.config.filters, run.config.reasoning == "keep"
-    filters = active_filters(settings, tasks_of_run(run.folder))
-    filters.append(lambda p, r: CONTAMINATED if r.id in matches else None)
+    filters = active_filters(settings, tasks_of_run(run.folder), matches)
     dropped, dataset = list[Dropped](), dict[Split, list[Pair]]()
     for split in SPLITS:
         mine = [pair for pair in pairs if splits[pair.prompt.document_id] == split]
@@ -114,6 +111,21 @@ def main(run: Run) -> None:
         raise DistillError(Exit.INPUT, where, what, fix)
 
 
+def asked_prompts(run: Run) -> dict[str, Prompt]:
+    """Return the prompts of a run by their ids, with the questions that the teacher wrote."""
+    paths = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
+    return {p.id: p for path in paths if path.exists() for p in read_records(path, Prompt)}
+
+
+def contaminated_ids(run: Run, texts: Iterable[tuple[str, Prompt, str]]) -> set[str]:
+    """Return the ids of the texts that hold, or whose prompt does, something of a held-out one."""
+    documents = read_records(run.path("documents.jsonl"), Document)
+    held_out = {document.id for document in documents if document.split == "heldout"}
+    prompts = (p for p in asked_prompts(run).values() if p.document_id in held_out)
+    parts = ((name, "\n".join([*own_parts(prompt), text])) for name, prompt, text in texts)
+    return contaminated(parts, prompts)
+
+
 def checked_prompts(run: Run) -> list[Prompt]:
     """Return the validation prompts whose answers a checker can judge, whether the teacher has
     answered or not, but for those that hold something of a held-out prompt."""
@@ -121,8 +133,7 @@ def checked_prompts(run: Run) -> list[Prompt]:
     prompts, find = read_records(run.path("prompts.jsonl"), Prompt), tasks_of_run(run.folder)
     mine = [p for p in prompts if splits[p.document_id] == "validation"]
     mine = [prompt for prompt in mine if checker_of(find(prompt.task), prompt)]
-    texts = ((prompt.id, "\n".join(own_parts(prompt))) for prompt in mine)
-    matches = contaminated(texts, (p for p in prompts if splits[p.document_id] == "heldout"))
+    matches = contaminated_ids(run, ((prompt.id, prompt, "") for prompt in mine))
     return [prompt for prompt in mine if prompt.id not in matches]
 
 
@@ -134,8 +145,11 @@ def identity(settings: Filters, reasoning: str) -> dict[str, str]:
     return facts | {f"filter {name}": source_hash("filter", name) for name in settings.python}
 
 
-def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:
-    """Return the filters that the config turns on, in the order in which they give the reason."""
+def active_filters(
+    settings: Filters, find: FindTask = shipped, matches: Collection[str] = ()
+) -> list[Filter]:
+    """Return the filters that the config turns on, in the order in which they give the reason; the
+    last one drops the answers of the ids in `matches`."""
     most = settings.max_answer_tokens
     switches: list[tuple[bool, Filter]] = [
         (True, lambda p, r: "failed" if r.stop in ("error", "filtered") else None),
@@ -149,6 +163,7 @@ def active_filters(settings: Filters, find: FindTask = shipped) -> list[Filter]:
         (settings.failed_checker != "keep", lambda p, r: rejected(find(p.task), p, r, WRONG)),
         (True, lambda p, r: "too long" if most and r.usage.output_tokens > most else None),
         *((True, find_callable("filter", name)) for name in settings.python),
+        (True, lambda p, r: CONTAMINATED if r.id in matches else None),
     ]
     return [filter_ for on, filter_ in switches if on]
 

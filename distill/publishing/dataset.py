@@ -19,13 +19,13 @@ from distill.corpus.privacy import mask
 from distill.errors import DistillError, Exit
 from distill.evaluation.scorecard import Funnel
 from distill.formatting import one_line
-from distill.generation.filters import Dropped
+from distill.generation.filters import Dropped, asked_prompts
 from distill.models.registry import hub_id, is_folder
 from distill.publishing import card
 from distill.publishing.secret_scan import scan
 from distill.publishing.upload import check_name, push
 from distill.reasoning import split_thought
-from distill.records import Document, Message, Origin, Pair, Prompt, Record, Response, Stop
+from distill.records import Document, Message, Origin, Pair, Record, Response, Stop
 from distill.responders.terms import require_terms
 from distill.storage.files import read_json, read_records, replacing, write_records
 from distill.storage.progress import say
@@ -131,8 +131,7 @@ def answers(run: Run, heldout: bool) -> Iterator[Placed]:
     elif not stated and not config.teacher.answers_anything:  # they came with the prompts
         stated = config.teacher.license or ""
     documents = {d.id: d for d in read_records(run.path("documents.jsonl"), Document)}
-    sources = [run.path("prompts.jsonl"), run.path("questions.jsonl")]
-    prompts = {p.id: p for path in sources if path.exists() for p in read_records(path, Prompt)}
+    prompts = asked_prompts(run)
     marking = config.filters.failed_checker == "signals_only"
     train = read_records(run.path("dataset/train.jsonl"), Pair) if marking else []
     marks = {(pair.prompt.id, pair.response.id) for pair in train if pair.only_signals}

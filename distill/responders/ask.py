@@ -26,6 +26,8 @@ class Ask(ExitStack):
     has replied to without an answer; `count` is the number of answers that came now.
     """
 
+    student = False  # whether its answers count as the student's, and not as a teacher's
+
     def __init__(
         self, responder: Responder, store: Path, payer: Run | None = None, again: bool = False
     ) -> None:
@@ -142,6 +144,7 @@ class Ask(ExitStack):
             for raw in fresh:  # first, so that a kill while they are being stored hides no spending
                 self.count += 1
                 if self.payer:
-                    self.payer.ledger.spend(raw.usage.input_tokens, raw.usage.output_tokens)
+                    tokens = (raw.usage.input_tokens, raw.usage.output_tokens)
+                    self.payer.ledger.spend(*tokens, self.student)
             store.append(("response", raw.id, raw.model_dump(mode="json")) for raw in fresh)
             yield from fresh

@@ -32,11 +32,19 @@ class Ledger:
         """Return the ledger so far."""
         return read_records(self.path, LedgerEntry, torn=True) if self.path.exists() else []
 
-    def spend(self, input_tokens: int = 0, output_tokens: int = 0, **more: object) -> None:
+    def parts(self, stage: str = "") -> list[LedgerEntry]:
+        """Return what a stage, or the running one, has spent and is not in the ledger yet."""
+        path = self.stages / ((stage or self._stage) + SPENT)
+        return read_records(path, LedgerEntry, torn=True) if path.exists() else []
+
+    def spend(
+        self, input_tokens: int = 0, output_tokens: int = 0, student: bool = False, **more: object
+    ) -> None:
         """Add to what the running stage has spent; `more` are further fields of its entry."""
         if not self._stage:
             return
         tokens = {"input_tokens": input_tokens, "output_tokens": output_tokens}
+        tokens["student_output_tokens"] = output_tokens if student else 0
         facts = {"stage": self._stage, "started": now(), "seconds": 0.0, **tokens, **more}
         path = self.stages / (self._stage + SPENT)
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
@@ -78,8 +86,7 @@ class Ledger:
 
     def _enter(self, stage: str, started: str, seconds: float, note: str) -> None:
         """Write a stage's entry, with the sum of what it has spent; None where nothing is known."""
-        path = self.stages / (stage + SPENT)
-        parts = read_records(path, LedgerEntry, torn=True) if path.exists() else []
+        parts = self.parts(stage)
         sums: dict[str, object] = {n: sum(getattr(part, n) for part in parts) for n in COUNTS}
         for name in ("dollars", "unknown_dollars"):
             amounts = [getattr(part, name) for part in parts if getattr(part, name) is not None]
@@ -87,7 +94,7 @@ class Ledger:
         price = next((part.price for part in reversed(parts) if part.price), None)
         facts = {"stage": stage, "started": started, "seconds": seconds, "note": note, **sums}
         append_record(self.path, LedgerEntry.model_validate({**facts, "price": price}))
-        path.unlink(missing_ok=True)
+        (self.stages / (stage + SPENT)).unlink(missing_ok=True)
 
 
 def now() -> str:

@@ -48,7 +48,7 @@ class Stage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     main: Callable[..., None]  # of the run; training also knows allow_inexact
-    identity: Callable[[Config], dict[str, str]] = lambda config: {}  # hashes of corpus and models
+    identity: Callable[[Config], Mapping[str, object]] = lambda config: {}  # hashes of its sources
     purpose: str = ""
     applies: Callable[[Config], bool] = lambda config: True  # whether a config needs it at all
     compares: tuple[str, ...] = ()  # models whose change it finds itself when it continues
@@ -94,7 +94,9 @@ class Run:
         settings = flatten(self.config.resolved()).items()
         values = {key: value for key, value in settings if f"{key}.".startswith(sections)}
         with files.disk_errors(self.folder):
-            inputs = [name for name in stage.inputs if self.path(name).is_file()]
+            # what a refining left is no input of a config without one
+            names = (n for n in stage.inputs if self.config.refines or not n.startswith("refined/"))
+            inputs = [name for name in names if self.path(name).is_file()]
             hashes = {f"file {name}": files.sha256_file(self.path(name)) for name in inputs}
         return {**values, **hashes, **stage.identity(self.config)}
 
@@ -117,13 +119,13 @@ class Run:
         finished = mark.get("finished") is True
         absent = {f"file {name}" for name in stage.inputs if not self.path(name).exists()}
         old = {key: value for key, value in mark["fingerprint"].items() if key not in absent}
-        # What an earlier distill does not say of models in folders is as the folder is now, but for
-        # the student's weights: the adapter knows them
+        # What an earlier distill does not say of models in folders is what a later one recorded,
+        # else as the folder is now, but for the student's weights: the adapter knows them
         if added := unnamed(old, new):
             base = self.path("adapter/base.json")
             if "student" in added and base.is_file():
                 added["student"] = files.read_json(base).get("identity")
-            old = {**added, **old}
+            old = {**added, **self.manifest().get("accepted", {}).get(stage.name, {}), **old}
         # nor does it name the tables that it read
         old = {key: value for key, value in new.items() if key.startswith("table ")} | old
         ignored = set(MEMORY)

@@ -15,13 +15,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.errors import DistillError, Exit
 from distill.generation.filters import CHECKED, checked_prompts
 from distill.reasoning import split_thought
 from distill.records import Item, Prompt, Response, Score
 from distill.responders.local.local_model import LocalResponder
 from distill.responders.responder import Request, Sampling
 from distill.storage.files import read_records
-from distill.storage.progress import tracking
+from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run
 from distill.tasks.scoring import answer_limit, score_answer
 from distill.tasks.task import checker_of, tasks_of_run
@@ -58,6 +59,22 @@ def check_answers(
     return scores
 
 
+def checked_values(scores: Sequence[Score]) -> list[float]:
+    """Return the values of the scores that have one, and say how many have none.
+
+    Raises DistillError (exit 7) where none has, with the first reason.
+    """
+    values = [score.value for score in scores if score.value is not None]
+    if len(values) < len(scores):
+        reason = next(score.reason for score in scores if score.value is None)
+        what = f"{len(scores) - len(values)} of {len(scores)} answers were not checked: {reason}"
+        if not values:
+            fix = "see to what the checker needs, or set train.metric_for_best_model: loss"
+            raise DistillError(Exit.TRAINING, "validation", what, fix)
+        say(f"warning: validation: {what}; they count neither as right nor as wrong")
+    return values
+
+
 def check_adapter(run: Run, prompts: Sequence[Prompt], adapter: Path | None) -> list[Score]:
     """Let the student with a trained adapter, or the base, answer greedily; score each prompt.
 
@@ -79,7 +96,7 @@ def check_student(
         responder = LocalResponder(model, tokenizer, "student", "", config.template_date, rows)
         for raw in responder.ask(requests):
             responses[raw.id], usage = raw.response(""), raw.usage
-            run.ledger.spend(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+            run.ledger.spend(usage.input_tokens, usage.output_tokens, student=True)
             tracker.advance()
     return check_answers(run, prompts, [responses[request.id] for request in requests])
 

@@ -6,7 +6,7 @@ It goes on where it was after a kill, as any run does, and what it asks is asked
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.generation.filters import CONTAMINATED, Dropped
+from distill.generation.filters import Dropped, asked_prompts, contaminated_ids
 from distill.models.devices import release_memory
 from distill.reasoning import join_thought
 from distill.records import Pair, Prompt, Response
@@ -45,10 +45,11 @@ def training_prompts(run: Run) -> list[Prompt]:
     Those whose answer the filters dropped are included.
     """
     trained = [pair.prompt for pair in read_records(run.path("dataset/train.jsonl"), Pair)]
-    rows = read_records(run.path("dropped.jsonl"), Dropped)
-    gone = {r.prompt_id for r in rows if r.split == "train" and r.reason != CONTAMINATED}
-    paths = [path for path in map(run.path, ("prompts.jsonl", "questions.jsonl")) if path.exists()]
-    more = [p for path in paths for p in read_records(path, Prompt) if p.id in gone]
+    prompts, rows = asked_prompts(run), read_records(run.path("dropped.jsonl"), Dropped)
+    rows = [row for row in rows if row.split == "train"]  # of several reasons each has the first
+    own = ((row.response_id, prompts[row.prompt_id], row.text) for row in rows)
+    matches = contaminated_ids(run, own)
+    more = [prompts[row.prompt_id] for row in rows if row.response_id not in matches]
     by_id = {prompt.id: prompt for prompt in [*trained, *more]}
     return [by_id[name] for name in sorted(by_id)]
 
@@ -78,6 +79,7 @@ def student_answers(
         for sample in range(samples)
     ]
     with Ask(responder, config.store_folder() / "responses", run) as ask:
+        ask.student = True
         responses = ask.responses(asked, title)
     del responder, ask
     release_memory()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.generation.filters import Dropped, active_filters, same_as, sift
+from distill.generation.filters import Dropped, active_filters, contaminated_ids, same_as, sift
 from distill.models.devices import release_memory
 from distill.reasoning import split_thought
 from distill.records import Pair, Prompt
@@ -82,7 +82,9 @@ def add_answers(
         prompt, response = by_id[response.prompt_id], response.model_copy(update=answer)
         tries.append(Pair(prompt=prompt, response=response, origin="student"))
     strict, dropped = config.filters.model_copy(update=STRICT), list[Dropped]()
-    filters = active_filters(strict, tasks_of_run(current.outer.folder))
+    own = ((pair.response.id, pair.prompt, pair.response.text) for pair in tries)
+    matches = contaminated_ids(current.outer, own)
+    filters = active_filters(strict, tasks_of_run(current.outer.folder), matches)
     distinct = sift(tries, "train", filters, dropped, config.reasoning == "keep")
     reasons = Counter(row.reason for row in dropped)
     seen = {answer_of(row) for row in rows}

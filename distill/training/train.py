@@ -29,7 +29,7 @@ from distill.storage.progress import say, tracking
 from distill.storage.run_folder import Run, differences, flatten
 from distill.training import adapters, checkpoint, processes
 from distill.training.batches import Example, OptimizerStep, learning_rate, share
-from distill.training.checked import check_student
+from distill.training.checked import check_student, checked_values
 from distill.training.encode import show
 from distill.training.inner_run import InnerRun
 from distill.training.prepare import Preparation
@@ -296,10 +296,10 @@ class Loop:
             scores = check_student(self.run, mine, parts.student, parts.tokenizer)
             by_id = {score.item_id: score for score in gather_object(scores)}
             scores = [by_id[Item.make(prompt).id] for prompt in prompts]
-            right = sum(score.value or 0.0 for score in scores)
-            row |= {"checker": right / len(prompts), "n": len(prompts)}
+            values = checked_values(scores)
+            row |= {"checker": sum(values) / len(values), "n": len(values)}
             loss = 1 - row["checker"]
-            say(f"validation: {right:g} of {len(prompts)} right after epoch {epoch}")
+            say(f"validation: {sum(values):g} of {len(values)} right after epoch {epoch}")
         progress.validation.append({"step": progress.step, **row})
         shown = {f"validation_{name}": row[name] for name in ("loss", "checker") if name in row}
         self.accelerator.log(shown, step=progress.step)

@@ -87,6 +87,12 @@ def test_the_distillation_costs_what_all_its_attempts_took() -> None:
     assert cost.stages == {"train": 3600} and cost.output_tokens == 15 and cost.reused == 0
 
 
+def test_what_the_student_wrote_is_no_answer_of_the_teacher() -> None:
+    select = entry("select", 1).model_copy(update={"student_output_tokens": 3})
+    found = distillation_cost([select, entry("generate", 1)], MACHINE, "", answer_tokens=10)
+    assert found.reused == pytest.approx(1 - (2 + 5) / 10) and found.output_tokens == 10
+
+
 def test_what_others_were_paid_is_unknown_rather_than_nothing() -> None:
     paid = LedgerEntry(stage="generate", started="t", seconds=1, attempts=3)
     assert distillation_cost([paid], MACHINE, "").dollars is None

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,17 @@ def test_changed_input_files_are_listed(tmp_path):
     message = refused(make(tmp_path), changed)
     assert "added: new.md" in message and "changed: 03.md" in message
     assert "removed: 10.md, 11.md, 12.md, 13.md, 14.md, 15.md, and 2 more" in message
+
+
+def test_what_was_recorded_when_an_old_run_was_accepted_is_held_against_it(tmp_path):
+    run, hashes = make(tmp_path), ["a" * 64, "b" * 64]
+    names = ({}, *({"student file a.json": sha256} for sha256 in hashes))
+    old, same, other = (replace(FIRST, identity=lambda config, n=n: n) for n in names)
+    perform(run, old)
+    assert run.state(same)[0] == run.state(other)[0] == "done", "no file was known"
+    run.note("accepted", {"first": names[1]})
+    assert run.state(same)[0] == "done"
+    assert run.state(other) == ("stale", ["changed: student file a.json"])
 
 
 def interrupted(run: Run) -> None:

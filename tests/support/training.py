@@ -158,6 +158,7 @@ def _make(folder: Path, name: str, count: int, tree: dict[str, Any]) -> Run:
     source = {"name": name, "runs": folder / "runs", "corpus": {"source": "python-docs"}}
     run = Run(Config.model_validate({"student": student, **source, **tree}))
     if not run.path("dataset/train.jsonl").exists():
+        write_records(run.path("documents.jsonl"), [])
         write_records(run.path("dataset/train.jsonl"), pairs(count))
         write_records(run.path("dataset/validation.jsonl"), pairs(max(3, count // 6), first=100))
     return run

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from distill.cli import main
+from distill.errors import Exit
 from distill.generation.filters import CHECKED
 from distill.records import Item, Message, Pair, Prompt, Response, Score
 from distill.responders.local.continuous_batching import ContinuousBatch
@@ -20,6 +21,7 @@ from distill.training import train
 from distill.training.adapters import WEIGHTS
 from distill.training.checked import check_adapter, validation_prompts
 from tests.support.buying import settings
+from tests.support.errors import stops
 from tests.support.fake_teacher import KEY, FakeTeacher, Reply, question
 from tests.support.launched import finished, launch, write_config
 from tests.support.tiny import make_tiny
@@ -149,6 +151,28 @@ def test_a_validation_without_a_checker_is_by_loss_and_says_so(tmp_path):
     assert "by loss, if at all: no prompt has a checker and what that needs" in made["notes"][0]
     assert [row["step"] for row in made["validation"]] == [made["steps"]]
     assert not run.path("training_checks.jsonl").exists()
+
+
+def test_what_could_not_be_checked_is_no_wrong_answer_and_where_all_are_it_ends(
+    tmp_path, monkeypatch, capsys
+):
+    run = make_task(tmp_path, "unchecked", num_train_epochs=1)
+    values: list[float | None] = [None] * 12
+
+    def scores(run: Run, prompts: list[Prompt], *_: object) -> list[Score]:
+        names = [Item.make(prompt).id for prompt in prompts]
+        facts = {"model": "student", "reason": "no sandbox"}
+        rows = zip(names, values, strict=True)
+        return [Score.model_validate({"item_id": n, "value": v, **facts}) for n, v in rows]
+
+    monkeypatch.setattr(train, "check_student", scores)
+    with stops(Exit.TRAINING, "12 of 12 answers were not checked: no sandbox"):
+        train.main(run)
+    values[:3] = [1.0, 0.0, 1.0]
+    train.main(run)
+    [row] = training(run)["validation"]
+    assert row["checker"] == pytest.approx(2 / 3) and row["n"] == 3
+    assert "9 of 12 answers were not checked" in capsys.readouterr().err
 
 
 def test_patience_counts_epochs_and_a_tie_is_won_by_the_earlier_one(tmp_path):

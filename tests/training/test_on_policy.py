@@ -11,7 +11,7 @@ from distill.cli import main
 from distill.errors import Exit
 from distill.evaluation.answering import student_responder
 from distill.generation.filters import CONTAMINATED, Dropped
-from distill.records import Pair
+from distill.records import Document, Pair
 from distill.storage.files import read_json, read_records, sha256_file, write_records
 from distill.storage.run_folder import Run
 from distill.training import inner_run, train
@@ -23,7 +23,7 @@ from tests.evaluation.test_suites import make_suite
 from tests.publishing.test_publish import BASE
 from tests.support.fake_hub import fake_hub, use_hub
 from tests.support.tiny import make_tiny
-from tests.support.training import TRAIN, killed_at, make_soft_run
+from tests.support.training import TRAIN, killed_at, make_pair, make_soft_run
 from tests.test_verify import write_config
 
 OWN = {"rounds": 2, "prompts": 5, "max_new_tokens": 12, "learning_rate": 1e-2}
@@ -135,12 +135,18 @@ def test_the_teacher_s_rounds_bring_the_student_nearer_to_it(tmp_path):
 def test_prompts_whose_answer_was_dropped_are_asked_but_none_that_leaks(tmp_path):
     run = make_soft_run(tmp_path, on_policy=OWN)
     pairs = read_records(run.path("dataset/train.jsonl"), Pair)
-    kept, wrong, leaking, other = pairs[:6], pairs[6], pairs[7], pairs[8]
+    kept, wrong, other = pairs[:6], pairs[6], pairs[8]
+    question = "In which year did the town on the river get its second bridge, and who paid for it?"
+    held_out = Document(id=question, text="x", source="s", split="heldout")
+    write_records(run.path("documents.jsonl"), [held_out])
+    leaking = [make_pair(f"Answer me: {question}", "no"), make_pair("And what?", f"No. {question}")]
+    pairs += [make_pair(question, "In 1907."), *leaking]
     write_records(run.path("dataset/train.jsonl"), kept)
     write_records(run.path("prompts.jsonl"), [pair.prompt for pair in pairs])
     rows = [
         dropped(wrong, "train", "not the reference's number"),
-        dropped(leaking, "train", CONTAMINATED),
+        dropped(leaking[0], "train", "failed checker"),  # the first reason, and not the only one
+        dropped(leaking[1], "train", CONTAMINATED),
         dropped(other, "validation", "empty"),
     ]
     write_records(run.path("dropped.jsonl"), rows)

@@ -133,6 +133,14 @@ def test_a_second_run_asks_nothing_and_the_budget_holds_for_all_tranches(unbroke
     entries = run.ledger.entries()
     paid = {e.stage: e.dollars for e in entries if e.dollars}
     assert set(paid) == {"select", "generate"} and sum(paid.values()) == teacher.bill
+    assert [(e.stage, e.attempts) for e in entries if e.attempts] == [
+        ("select", 4 + 4 + 2 + 2),
+        ("generate", 4),
+    ]
+    tried = [read_records(run.path(f"tranches/{n}/tried.jsonl"), Response) for n in (1, 2)]
+    # the second student is the first again, as what it was to learn was dropped
+    own = sum({r.id: r.usage.output_tokens for rows in tried for r in rows}.values())
+    assert [e.student_output_tokens for e in entries if e.attempts] == [own, 0] and own > 0
     # a limit within the second tranche's prices ends the run there, and a higher one goes on
     limit = teacher.bill * Decimal("0.8")
     place = run.folder.parent.parent / "c.yaml"

@@ -12,13 +12,15 @@ import pytest
 from distill.cli import main
 from distill.config.learning import SelfAnswers
 from distill.errors import DistillError, Exit
+from distill.evaluation.evaluate import find_overlap
 from distill.generation import generate
-from distill.generation.filters import Dropped
-from distill.records import Document, Message, Pair, Prompt, Response
+from distill.generation.filters import CHECKED, CONTAMINATED, Dropped
+from distill.pipeline import STAGES
+from distill.records import Document, Item, Message, Pair, Prompt, Response
 from distill.responders.responder import Sampling
 from distill.storage.files import read_json, read_records, sha256_file, write_json, write_records
-from distill.storage.run_folder import Run
-from distill.training import train
+from distill.storage.run_folder import Run, differences
+from distill.training import self_answers, train
 from distill.training.adapters import WEIGHTS
 from distill.training.inner_run import InnerRun, student_answers
 from distill.training.soft_labels import capture, on_policy
@@ -187,8 +189,13 @@ def test_with_soft_losses_the_teacher_reads_own_answers_and_rounds_on_policy_go_
     run.config = run.config.model_copy(
         update={"on_policy": run.config.on_policy.model_copy(update=rounds)}
     )
+    write_records(run.path(CHECKED), [prompt_of(symbol, 5) for symbol in SYMBOLS])
+    by_checker = run.config.train.model_copy(update={"metric_for_best_model": "checker"})
+    run.config = run.config.model_copy(update={"train": by_checker})
     on_policy.main(run)
     told = read_json(run.trained("training.json"))
+    assert all("checker" in row for row in told["self_answers"][0]["validation"])
+    assert told["rounds"][0]["validation"][0].keys() == {"step", "loss", "jsd"}, "none is checked"
     signals = read_json(run.path("refined/self-1/signals.json"))["rows"]
     rows = read_records(run.path("refined/self-1/dataset/train.jsonl"), Pair)
     assert {row.origin for row in rows} == {"teacher", "student"}
@@ -196,6 +203,45 @@ def test_with_soft_losses_the_teacher_reads_own_answers_and_rounds_on_policy_go_
     manifest = next(run.path("refined/round-1/checkpoints").glob("*/manifest.json"))
     start = json.loads(manifest.read_text())["run"]["start"]
     assert start == told["self_answers"][0]["adapter_sha256"] != told["adapter_sha256"]
+
+
+def test_a_try_that_holds_a_held_out_item_is_no_row_and_would_be_found(tmp_path, monkeypatch):
+    run = make_run(tmp_path, "run", 1, **{**FAST, **FEW})
+    question = "in which year did the town on the river get its second bridge and who paid for it"
+    held_out, mine = (
+        Prompt.make((Message(role="user", content=text),), text, "letters")
+        for text in (question, "s0")
+    )
+    document = Document(id=question, text="x", source="s", split="heldout")
+    write_records(run.path("documents.jsonl"), [document])
+    write_records(run.path("prompts.jsonl"), [held_out, mine])
+    write_json(run.path("tasks.json"), {"letters": {**TASK, "checker": ANY}})
+    names = {"request_key": "k", "prompt_id": mine.id, "model": "m", "stop": "end"}
+    tries = [
+        Response.model_validate({"id": f"{n}", "sample": n, "text": text, **names})
+        for n, text in enumerate(["fine", f"You ask: {question.upper()}?"])
+    ]
+    monkeypatch.setattr(self_answers, "student_answers", lambda *_: tries)
+    current, item = InnerRun(run, "refined/self-1"), Item.make(held_out)
+    self_answers.add_answers(current, [], [mine], tmp_path)
+    [row] = read_records(current.path("dataset/train.jsonl"), Pair)
+    assert row.response.text == "fine" and not find_overlap(run, [item]).matches
+    assert read_json(current.path("funnel.json"))["dropped"] == {CONTAMINATED: 1}
+    current.write_dataset([row.model_copy(update={"response": tries[1]})])
+    assert find_overlap(run, [item]).matches.keys() == {item.id}
+
+
+def test_what_sifts_own_answers_is_in_the_stage_s_fingerprint(tmp_path):
+    train_settings = {"loss": SOFT, "self_answers": OWN}
+    run = make_soft_run(tmp_path, train=train_settings)
+    stage = next(stage for stage in STAGES if stage.name == "refine")
+    filters = run.config.filters.model_copy(update={"refusal": False})
+    other = Run(run.config.model_copy(update={"filters": filters}))
+    changes = differences(run.fingerprint(stage), other.fingerprint(stage))
+    assert changes[0] == "filters.refusal was True, is False"
+    alone = run.config.train.model_copy(update={"self_answers": None})
+    run.config = run.config.model_copy(update={"train": alone})
+    assert not [key for key in run.fingerprint(stage) if key.startswith("filters.")]
 
 
 def test_without_any_reference_it_is_refused_before_the_teacher_is_asked(tmp_path, monkeypatch):
@@ -214,7 +260,7 @@ def test_without_any_reference_it_is_refused_before_the_teacher_is_asked(tmp_pat
     assert error.value.code == Exit.CONFIG
 
 
-def test_a_whole_run_says_whose_each_row_is(tmp_path):
+def test_a_whole_run_says_whose_each_row_is(tmp_path, capsys):
     rows = [
         {"prompt": f"{s}{n}", "reference": prompt_of(s, n).reference, "answer": "?"}
         for s in SYMBOLS
@@ -251,9 +297,19 @@ def test_a_whole_run_says_whose_each_row_is(tmp_path):
             checks = verify(Path("runs/tiny"))
             before = (tmp_path / "runs/tiny/stages/train.json").read_bytes()
             assert main(["run", "c.yaml", "train.self_answers.keep=3"]) == Exit.STATE
-            assert main(["run", "c.yaml", "train.self_answers=null"]) == 0, "train is not stale"
+            without = ["run", "c.yaml", "train.self_answers=null"]
+            capsys.readouterr()
+            assert main(without) == Exit.STATE
+            assert "stage evaluate was made with other settings: removed: refined/adapter" in (
+                capsys.readouterr().err
+            )
+            assert main([*without, "--redo", "evaluate"]) == 0
+            later = [check for check in verify(Path("runs/tiny")) if check.kind != "release"]
     run = tmp_path / "runs/tiny"
     assert not [check for check in checks if check.state in ("differs", "missing")], checks
+    assert not [check for check in later if check.state in ("differs", "missing")], later
+    adapter = read_json(run / "scorecard.json")["models"]["student"]["adapter_sha256"]
+    assert adapter == sha256_file(run / "adapter" / WEIGHTS), "it was the refined student's"
     assert (run / "stages/train.json").read_bytes() == before
     for page in ("release/README.md", "report.html"):
         assert "Then on its own answers: " in (run / page).read_text()

@@ -204,14 +204,15 @@ def enter_account(run: Run, store: ResponseStore) -> None:
     if not prices:
         return
     now = account(store, prices, run.config.name)
-    entries = [entry for entry in run.ledger.entries() if entry.attempts]
+    before = [*run.ledger.entries(), *run.ledger.parts()]  # another may have asked in this stage
+    entries = [entry for entry in before if entry.attempts or entry.unknown_dollars is not None]
 
     def fresh(number: int, name: str) -> int:
         return number - sum(getattr(entry, name) for entry in entries)
 
     def dollars(amount: Decimal, name: str) -> Decimal | None:
-        before = (Decimal(getattr(entry, name) or 0) for entry in entries)
-        return None if now.unpriced else amount - sum(before, NOTHING)
+        amounts = (Decimal(getattr(entry, name) or 0) for entry in entries)
+        return None if now.unpriced else amount - sum(amounts, NOTHING)
 
     tokens_in = fresh(now.input_tokens, "paid_input_tokens")
     tokens_out = fresh(now.output_tokens, "paid_output_tokens")

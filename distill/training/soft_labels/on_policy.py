@@ -38,7 +38,7 @@ class Round(InnerRun):
             "loss": config.train.loss.model_copy(update=mix),
             "seed": config.train_seed + number,
             "learning_rate": settings.learning_rate,
-            **{"num_train_epochs": 1, "max_steps": None},
+            **{"num_train_epochs": 1, "max_steps": None, "metric_for_best_model": "loss"},
         }
         train_changes = config.train.model_copy(update=changes)
         super().__init__(outer, f"refined/round-{number}", train=train_changes)
