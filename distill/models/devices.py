@@ -59,11 +59,11 @@ def device() -> "torch.device":
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def pick_dtype(name: str = "auto") -> "torch.dtype":
+def pick_dtype(name: str = "auto", key: str = "dtype") -> "torch.dtype":
     """Return the named dtype; `auto` is the fastest that the machine does not emulate.
 
     That is bfloat16, on older GPUs float16, else float32. Raises DistillError (exit 7) for bfloat16
-    on a GPU that only emulates it.
+    on a GPU that only emulates it; `key` is the config's that names the type.
     """
     import torch
 
@@ -73,7 +73,7 @@ def pick_dtype(name: str = "auto") -> "torch.dtype":
         best = torch.bfloat16 if able else torch.float32 if old else torch.float16
         if name == "bfloat16" and not able:
             what = f"{torch.cuda.get_device_name()} does not compute in bfloat16"
-            raise DistillError(Exit.TRAINING, "dtype", what, f"set it to auto, here {best}")
+            raise DistillError(Exit.TRAINING, key, what, f"set it to auto, here {best}")
     else:
         facts = cpu_facts()
         flags = f"{facts.get('flags', '')} {facts.get('Features', '')}".split()  # x86, ARM
