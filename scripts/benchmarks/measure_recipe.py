@@ -15,7 +15,6 @@ import gzip
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import batched
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,16 +113,19 @@ def measured(run: Run, arm: Arm, prompts: Sequence[Prompt], trained: bool = True
     responses = student_answers(run, prompts, adapter, sampling, title, arm.tries)
     checked, task = results(run, prompts, responses), tasks_of_run(run.folder)(prompts[0].task)
     assert task is not None and task.checker is not None
-    groups = zip(prompts, batched(checked, arm.tries), batched(responses, arm.tries), strict=True)
-    votes = [of[vote(task.checker, prompt, answers)] for prompt, of, answers in groups]
+    right, tries = "", list[int]()
+    for number, prompt in enumerate(prompts):
+        mine = slice(number * arm.tries, (number + 1) * arm.tries)
+        passed = [bool(one.passed) for one in checked[mine]]
+        right += str(int(passed[vote(task.checker, prompt, responses[mine])]))
+        tries.append(sum(passed))
     figures: dict[str, Any] = {
-        "right": "".join(str(int(bool(one.passed))) for one in votes),
+        "right": right,
         "answer_tokens": sum(response.usage.output_tokens for response in responses),
         "cut_off": sum(response.stop == "length" for response in responses),
     }
     if arm.tries > 1:
-        tries = batched(checked, arm.tries)
-        figures["tries_right"] = "".join(str(sum(bool(o.passed) for o in group)) for group in tries)
+        figures["tries_right"] = tries
     if trained:
         figures["training"] = read_json(run.trained("training.json"))
         figures["funnel"] = read_json(run.path("funnel.json"))
@@ -179,22 +181,29 @@ def outcome(
 
 
 def pack(run: Run, path: Path) -> None:
-    """Write a row for each problem that the teacher answered, the same bytes from the same run."""
-    prompts = {prompt.id: prompt for prompt in read_records(run.path("prompts.jsonl"), Prompt)}
-    questions = {d.id: d.text for d in read_records(run.path("documents.jsonl"), Document)}
-    rows = [
-        {
-            "question": questions[prompts[response.prompt_id].document_id],
-            "reference": prompts[response.prompt_id].reference,
-            # one that was cut off is no answer, and is kept beside
-            "answer" if response.stop == "end" else "cut_off": response.text,
-            "tokens": response.usage.output_tokens,
+    """Write a row for each problem but those of the train split that the teacher was not asked.
+
+    A row has the teacher's answer, where it was asked; one that was cut off is kept beside, as no
+    answer. The same run gives the same bytes.
+    """
+    prompts = {p.id: p.document_id for p in read_records(run.path("prompts.jsonl"), Prompt)}
+    responses = read_records(run.path("responses.jsonl"), Response)
+    answers, rows = {prompts[one.prompt_id]: one for one in responses}, list[dict[str, object]]()
+    for document in read_records(run.path("documents.jsonl"), Document):
+        answer = answers.get(document.id)
+        if answer is None and document.split == "train":
+            continue
+        row: dict[str, object] = {
+            "question": document.text,
+            "reference": document.meta["reference"],
         }
-        for response in read_records(run.path("responses.jsonl"), Response)
-    ]
+        if answer:
+            row["answer" if answer.stop == "end" else "cut_off"] = answer.text
+            row["tokens"] = answer.usage.output_tokens
+        rows.append(row)
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))
-    say(f"{path}: {len(rows)} answers, sha256 {sha256_file(path)}")
+    say(f"{path}: {len(rows)} problems, {len(answers)} answers, sha256 {sha256_file(path)}")
 
 
 def show(measure: Mapping[str, Any], file: Mapping[str, Any]) -> None:
@@ -229,7 +238,7 @@ def main() -> None:
     )
     asked = parser.parse_args()
     measure = criteria["measures"][asked.measure]
-    file = read_json(asked.json) if asked.json.exists() else {"arms": {}}
+    file: dict[str, Any] = read_json(asked.json) if asked.json.exists() else {"arms": {}}
     here = processor()
     if file.setdefault("processor", here) != here:
         what, fix = f"holds figures of {file['processor']}, this is {here}", "name another file"
@@ -245,7 +254,7 @@ def main() -> None:
                 if other is None:  # it comes later in the list: measured with the next call
                     say(f"{name}: waits for {arm.steps_of}, seed {seed}")
                     continue
-                steps = other["training"]["rounds"][-1]["steps"]
+                steps = other["training"]["self_answers"][-1]["steps"]
             run = student(asked.runs, asked.corpus, arm, seed, steps)
             prompts = problems(run, measure["items"])
             ids = digest([prompt.id for prompt in prompts])
