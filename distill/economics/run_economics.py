@@ -112,8 +112,10 @@ def money_of(run: Run, overall: MetricRow | None) -> tuple[Costs, Economics]:
     path = run.path("responses.jsonl")  # every answer of the teacher, those of earlier runs too
     answers = [r.usage for r in read_records(path, Response)] if path.exists() else []
     other = trained_elsewhere(run)
+    # Rounds on policy are left out, as in the scorecards before own answers were known
+    taught = run.config.train.self_answers is not None
     spent = distillation_cost(
-        run.ledger.entries(),
+        [entry for entry in run.ledger.entries() if taught or entry.stage != "refine"],
         None if other else machine,
         other or why,
         sum(usage.output_tokens for usage in answers),

@@ -69,7 +69,10 @@ SETTINGS = ("seed", "prompts", "teacher", "filters", "signals", "student", "trai
 STEPS = ("steps", "best_step", "adapter_step")
 COLUMNS = (("right", 3), ("nats", 4), ("kl", 4), ("gap_recovered", 2))
 KL = "forward_kl"
-COPIED = ("dataset/validation.jsonl", "dropped.jsonl", "prompts.jsonl", "questions.jsonl")
+COPIED = (
+    *("dataset/validation.jsonl", "dropped.jsonl", "prompts.jsonl", "questions.jsonl"),
+    "documents.jsonl",
+)
 
 
 class Measured(NamedTuple):

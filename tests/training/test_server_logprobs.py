@@ -340,7 +340,7 @@ def test_a_run_finds_before_it_pays_that_the_server_tells_nothing(tmp_path, scor
         run = make_remote(tmp_path, server)
         write_json(tmp_path / "c.json", run.config.resolved())
         assert main(("run", str(tmp_path / "c.json"))) == Exit.TEACHER
-        assert not run.path("documents.jsonl").exists() and server.paths == ["/v1/completions"]
+        assert not run.path("stages").exists() and server.paths == ["/v1/completions"]
         server.script = scorer
         for _ in range(2):  # the short text is paid once
             server_logprobs.probe(run.config, scorer.tokenizer)
