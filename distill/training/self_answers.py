@@ -36,9 +36,11 @@ def teach(run: Run, prompts: Sequence[Prompt]) -> tuple[Path, list[dict[str, Any
     """
     adapter, summaries = run.path("adapter"), list[dict[str, Any]]()
     settings = run.config.train.self_answers
-    prompts = checkable(prompts, tasks_of_run(run.folder), KEY) if settings else prompts
+    if settings is None:
+        return adapter, summaries
+    prompts = checkable(prompts, tasks_of_run(run.folder), KEY)
     rows = read_records(run.path("dataset/train.jsonl"), Pair)
-    for number in range(1, 1 + settings.rounds if settings else 1):
+    for number in range(1, settings.rounds + 1):
         current = InnerRun(run, f"refined/self-{number}")
         if not current.path("funnel.json").exists():
             add_answers(current, rows, prompts, adapter)
